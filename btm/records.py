@@ -1,0 +1,239 @@
+"""Records that pass between processes as JSON: what a worker is asked to do, what it did, what a forest holds.
+
+Workers receive a spec file and leave a result file; both carry ``spec_sha256``, so that a finished step is recognised
+and a changed one is never mistaken for it.
+"""
+
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+from pydantic import Field, ValidationError
+
+from btm.config import EngineConfig, Model, ModelConfig, TrainConfig
+from btm.errors import ForestError
+from btm.files import read_json, sha256_of_json, write_json
+
+Record = TypeVar("Record", bound="StoredModel")
+
+
+class StoredModel(Model):
+    """A record that is stored as one JSON file."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and check the record.
+
+        Raises:
+            ForestError: If the file is missing, is not JSON, or does not have this form.
+        """
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ForestError(f"{path} is not a valid {cls.__name__}: {where}: {first['msg']}") from None
+
+    def save(self, path: Path) -> None:
+        """Write the record atomically."""
+        write_json(path, self.model_dump(mode="json", by_alias=True))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content, independent of key order."""
+        return sha256_of_json(self.model_dump(mode="json", by_alias=True))
+
+
+class Ledger(Model):
+    """What a model cost. ``seconds`` is wall-clock of training alone."""
+
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Ledger") -> "Ledger":
+        return Ledger(
+            tokens=self.tokens + other.tokens, flops=self.flops + other.flops, seconds=self.seconds + other.seconds
+        )
+
+
+class SplitInfo(Model):
+    """Size of one split of a domain."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+class DomainInfo(StoredModel):
+    """A prepared domain: ``corpus/<domain>/corpus.json`` beside ``<split>.bin``, ``.idx`` and ``.bytes.npy``."""
+
+    domain: str
+    fingerprint: str
+    """SHA-256 over splits, tokens and the settings that shaped them."""
+    tokenizer_sha256: str
+    sources: list[str]
+    splits: dict[Literal["train", "dev", "test"], SplitInfo]
+    exact_duplicates: int = 0
+    near_duplicates: int = 0
+    broken: dict[str, int] = {}
+    """Kind of fault -> documents skipped."""
+
+
+class Part(Model):
+    """One of ``count`` random parts of the documents (the random-split baseline)."""
+
+    index: int = Field(ge=0)
+    count: int = Field(ge=1)
+
+
+class TokenSource(Model):
+    """Token shards to train or evaluate on."""
+
+    domain: str
+    prefix: str
+    """Path of the shard without ``.bin`` / ``.idx``."""
+    weight: float = Field(1.0, ge=0)
+    part: Part | None = None
+
+
+class Start(Model):
+    """Where the weights of a training run come from."""
+
+    kind: Literal["scratch", "weights", "checkpoint"]
+    """scratch: random from the model config; weights: a Hugging Face directory with a fresh optimizer; checkpoint: a run directory of the trainer whose newest checkpoint is continued, optimizer included."""
+    path: str | None = None
+
+
+class TrainSpec(StoredModel):
+    """One training task: updates ``first_update`` (exclusive) to ``last_update`` of a schedule of ``total_updates``."""
+
+    name: str
+    output_dir: str
+    """Receives ``metrics.jsonl``, ``checkpoints/``, ``model/`` (a Hugging Face directory) and ``result.json``."""
+    start: Start
+    sources: list[TokenSource]
+    dev: list[TokenSource] = []
+    first_update: int = Field(0, ge=0)
+    last_update: int = Field(ge=0)
+    total_updates: int = Field(ge=1)
+    batch_sequences: int = Field(ge=1)
+    """Sequences per update over all processes."""
+    tokenizer_dir: str
+    model: ModelConfig
+    train: TrainConfig
+    engine: EngineConfig
+    seed: int = 0
+
+
+class TrainResult(StoredModel):
+    """What a training task did."""
+
+    name: str
+    spec_sha256: str
+    model_dir: str
+    ledger: Ledger
+    updates: int
+    skipped_updates: int
+    final_loss: float
+    dev_loss: dict[str, float] = {}
+    """Domain -> nats per token."""
+    realised_tokens: dict[str, int] = {}
+    """Domain -> training tokens drawn from it."""
+    num_parameters: int
+
+
+class ScoreSpec(StoredModel):
+    """Ask for the log-probability of every token of a split under one model."""
+
+    name: str
+    model_dir: str
+    sources: list[TokenSource]
+    output_dir: str
+    """Receives one ``<domain>.npz`` per source and ``result.json``."""
+    max_tokens: int
+    sequence_length: int
+    batch_sequences: int
+    model_sha256: str = ""
+    fingerprints: dict[str, str] = {}
+
+
+class Parent(Model):
+    """An ancestor of an ELM and its weight in the branch."""
+
+    name: str
+    """``seed`` or the name of an ELM."""
+    weight: float
+
+
+class ElmRecord(Model):
+    """One ELM of a forest."""
+
+    domain: str
+    directory: str
+    """Relative to the forest."""
+    parents: list[Parent]
+    ancestors: list[str] = []
+    """Every ELM whose weights went, directly or not, into the branch."""
+    ledger: Ledger
+    data_fingerprint: str
+    files: dict[str, str]
+    """File name -> SHA-256."""
+    num_parameters: int
+    dev_loss: dict[str, float] = {}
+    origin: Literal["trained", "imported"] = "trained"
+    created: str
+    """UTC time, ISO 8601."""
+
+
+class ForestManifest(StoredModel):
+    """``forest.json``: the state of a forest."""
+
+    schema_version: int = 1
+    name: str
+    tokenizer_sha256: str
+    vocab_size: int
+    seed: ElmRecord | None = None
+    elms: list[ElmRecord] = []
+
+
+class DomainScore(Model):
+    """One model on one domain's test documents."""
+
+    perplexity: float
+    low: float
+    """2.5 % bootstrap quantile over documents."""
+    high: float
+    """97.5 % bootstrap quantile over documents."""
+    bits_per_byte: float
+    tokens: int
+
+
+class ModelScores(Model):
+    """One row of the evaluation."""
+
+    ledger: Ledger | None = None
+    domains: dict[str, DomainScore]
+    note: str = ""
+
+
+class PosteriorTrace(Model):
+    """Posterior over ELMs while one test document is read."""
+
+    domain: str
+    elms: list[str]
+    tokens: list[str]
+    weights: list[list[float]]
+    """One row per token, one column per ELM."""
+
+
+class Evaluation(StoredModel):
+    """``evaluation.json``: everything that tables and report show."""
+
+    domains: list[str]
+    novel_domains: list[str]
+    models: dict[str, ModelScores]
+    """``seed``, ``dense``, ``elm/<domain>``, ``average/<method>``, ``ensemble/<prior>``, ``random_split/ensemble``."""
+    traces: list[PosteriorTrace] = []
+    cached_priors: dict[str, dict[str, float]] = {}
+    """Target domain -> ELM -> weight."""
+    sequence_length: int
