@@ -5,14 +5,10 @@ frozen models. Unknown keys, wrong types and bad values are all reported togethe
 models are used. The text under each field is its documentation: first words are unit and range.
 """
 
-import difflib
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from btm.errors import ConfigError
-from btm.files import name_problem
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Model(BaseModel):

@@ -9,7 +9,17 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError
 
-from btm.config import EngineConfig, Model, ModelConfig, TrainConfig
+from btm.config import (
+    DataConfig,
+    EngineConfig,
+    EnsembleConfig,
+    EvaluateConfig,
+    MergeMethodName,
+    Model,
+    ModelConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from btm.errors import ForestError
 from btm.files import read_json, sha256_of_json, write_json
 
@@ -142,19 +152,131 @@ class TrainResult(StoredModel):
     num_parameters: int
 
 
+class ScoreSource(Model):
+    """One split of one domain to score."""
+
+    key: str
+    """``test-<domain>`` or ``dev-<domain>``; the output file is ``<key>.npz``."""
+    prefix: str
+    """Path of the shard without ``.bin`` / ``.idx``."""
+    fingerprint: str
+    """Of the domain, so that stale scores are recognised."""
+    max_tokens: int | None = None
+    """Stop after the document that passes this many tokens; null scores all."""
+    max_documents: int | None = None
+
+
 class ScoreSpec(StoredModel):
-    """Ask for the log-probability of every token of a split under one model."""
+    """Ask for the log-probability of every token of some splits under one model.
+
+    Each ``<key>.npz`` holds ``logp`` (float32, nats, all scored documents one after the other), ``document_starts``
+    (int64, documents + 1) and ``document_bytes`` (int64).
+    """
 
     name: str
     model_dir: str
-    sources: list[TokenSource]
+    model_sha256: str
+    """Of the weights, so that stale scores are recognised."""
+    sources: list[ScoreSource]
     output_dir: str
-    """Receives one ``<domain>.npz`` per source and ``result.json``."""
-    max_tokens: int
     sequence_length: int
     batch_sequences: int
-    model_sha256: str = ""
-    fingerprints: dict[str, str] = {}
+    dtype: Literal["bf16", "fp32"] = "bf16"
+
+
+class StepResult(StoredModel):
+    """``result.json`` of a step that leaves nothing else to record."""
+
+    spec_sha256: str
+    seconds: float = 0.0
+
+
+class PrepareSpec(StoredModel):
+    """Turn text into token shards: ``<output_dir>/<domain>/{train,dev,test}.{bin,idx}``."""
+
+    output_dir: str
+    """The forest's ``corpus`` directory."""
+    tokenizer_dir: str
+    """The forest's tokenizer: used when it exists, written when it does not."""
+    pretrained_dir: str | None = None
+    """Tokenizer directory to copy when the forest has none; null trains one."""
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    seed: int = 0
+
+
+class PrepareResult(StoredModel):
+    """``result.json`` of a preparation."""
+
+    spec_sha256: str
+    tokenizer_sha256: str
+    vocab_size: int
+    domains: dict[str, DomainInfo]
+    warnings: list[str] = []
+
+
+class MergeInput(Model):
+    """One model that goes into an average."""
+
+    name: str
+    directory: str
+    files: dict[str, str] = {}
+    """File name -> SHA-256, when known (an ELM's record)."""
+    score_dir: str | None = None
+    """Scores on ``dev-<domain>``; needed by ``posterior``."""
+
+
+class MergeSpec(StoredModel):
+    """Average some models of one architecture into a Hugging Face directory."""
+
+    name: str
+    method: MergeMethodName
+    models: list[MergeInput]
+    """In manifest order; sums are accumulated in this order."""
+    weights: dict[str, float] = {}
+    """Name -> weight, for ``weighted``."""
+    domain: str | None = None
+    """Target domain of ``posterior`` and ``greedy_soup``."""
+    dev: ScoreSource | None = None
+    """Dev split that judges ``greedy_soup``."""
+    tokenizer_dir: str
+    output_dir: str
+    """The model directory; ``result.json`` is written beside it as ``<output_dir>.json``."""
+    memory_bytes: int = 64 << 20
+
+
+class MergeResult(StoredModel):
+    """What went into an average."""
+
+    spec_sha256: str
+    weights: dict[str, float]
+    files: dict[str, str]
+    seconds: float
+
+
+class EvaluateSpec(StoredModel):
+    """Turn scores into perplexities, ensembles, intervals and posteriors."""
+
+    domains: list[str]
+    novel_domains: list[str]
+    models: dict[str, str]
+    """Row name -> score directory with ``test-<domain>.npz`` (``seed``, ``dense``, ``elm/<domain>``, ``average/uniform``)."""
+    per_domain_models: dict[str, dict[str, str]] = {}
+    """Row name -> domain -> score directory, for rows whose model differs by domain (``average/posterior``)."""
+    elms: dict[str, str]
+    """ELM -> score directory with ``test-`` and ``dev-`` files, in manifest order: the ensemble's members."""
+    random_split: list[str] = []
+    """Score directories of the random-split forest."""
+    ledgers: dict[str, Ledger] = {}
+    test_prefixes: dict[str, str] = {}
+    """Domain -> test shard, for the posterior traces."""
+    tokenizer_dir: str
+    ensemble: EnsembleConfig
+    evaluate: EvaluateConfig
+    sequence_length: int
+    seed: int = 0
+    output: str
+    """``evaluation.json``."""
 
 
 class Parent(Model):
