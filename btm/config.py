@@ -33,6 +33,12 @@ class DataConfig(Model):
     """Domains that are evaluated but trained on by nobody; same forms as ``domains``."""
     add_later: dict[str, str | list[str]] = {}
     """Domains that join the forest by ``btm add`` after the first round of the same run."""
+    directory: str | None = None
+    """Directory whose files and folders each become a domain named after them."""
+    novel_directory: str | None = None
+    """The same for ``novel``."""
+    path: str | list[str] | None = None
+    """Text of the new domain of ``btm add domain=...``."""
     local_text: bool = False
     """Take the domains from the text that every Python installation holds (the demo's corpus)."""
     text_field: str = "text"
@@ -344,6 +350,21 @@ class TrackingConfig(Model):
     """W&B entity."""
 
 
+class GenerateConfig(Model):
+    """How ``btm generate`` continues a prompt."""
+
+    prompt: str = ""
+    """Text to continue."""
+    model: str = "ensemble"
+    """``ensemble``, ``seed``, ``elm/<domain>`` or a model directory."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens to add."""
+    temperature: float = Field(0.0, ge=0)
+    """0 takes the most likely token; above, samples."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Probability mass that sampling keeps."""
+
+
 class Config(Model):
     """One run: a forest and everything that trains, merges and evaluates it."""
 
@@ -357,6 +378,10 @@ class Config(Model):
     """Print the plan and stop."""
     allow_config_change: bool = False
     """Go on in a forest that was begun with another configuration."""
+    domain: str | None = None
+    """Domain that ``add``, ``remove`` and ``inspect`` speak of."""
+    output_json: bool = Field(False, alias="json")
+    """Print JSON instead of tables."""
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
@@ -367,5 +392,6 @@ class Config(Model):
     merge: MergeConfig = MergeConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
     launch: LaunchConfig = LaunchConfig()
     tracking: TrackingConfig = TrackingConfig()

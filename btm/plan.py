@@ -1,0 +1,214 @@
+"""From a configuration to the steps of a run: a pure function, so that ``dry_run=true`` shows exactly what will happen.
+
+    prepare -> seed -> elm/<domain> x N -> (join) -> score/... -> average/... -> evaluate -> report
+                    -> dense, random/<i>                       /
+
+Steps name what they need; the orchestrator starts whatever is ready. A step's name is also its directory under
+``runs/``. What a step does is written by ``btm/steps.py`` when it starts, because some of it (checksums, branch
+weights) is known only then.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from btm.budget import ModelSize, Updates, divide_updates
+from btm.config import BranchSource, Config, MergeMethodName
+
+
+class StepKind(StrEnum):
+    """What a step does; decides the module that runs it."""
+
+    prepare = "prepare"
+    train = "train"
+    join = "join"
+    score = "score"
+    merge = "merge"
+    evaluate = "evaluate"
+    report = "report"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One unit of work with its budget."""
+
+    name: str
+    kind: StepKind
+    needs: tuple[str, ...] = ()
+    num_processes: int = 1
+    num_cpus: int = 1
+    num_gpus: int = 0
+    tokens: int = 0
+    """Tokens trained on or scored."""
+    updates: int = 0
+    flops: float = 0.0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What the executor can give out."""
+
+    num_cpus: int
+    num_gpus: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanInput:
+    """Everything that a plan depends on."""
+
+    config: Config
+    machine: Machine
+    size: ModelSize
+    domains: Sequence[str]
+    """Domains with an ELM, in order."""
+    novel: Sequence[str] = ()
+    """Domains that are only evaluated."""
+
+    @property
+    def updates(self) -> Updates:
+        """Division of the token budget."""
+        return divide_updates(self.config.train, len(self.domains))
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Domains with and without an ELM."""
+        return [*self.domains, *self.novel]
+
+
+def plan_run(given: PlanInput) -> list[Step]:
+    """Steps of ``btm run``: the whole forest, its baselines and their evaluation."""
+    updates = given.updates
+    steps = [
+        Step(name="prepare", kind=StepKind.prepare, num_cpus=given.machine.num_cpus),
+        _train_step(given, "seed", ("prepare",), updates.seed, updates.batch_sequences, whole_machine=True),
+    ]
+    for domain in given.domains:
+        steps += _elm_steps(given, domain)
+    if given.config.baselines.dense:
+        steps.append(_train_step(given, "dense", ("seed",), updates.elm, updates.batch_sequences, whole_machine=True))
+    if given.config.baselines.random_split:
+        steps += [
+            _train_step(given, name, ("seed",), updates.elm, updates.elm_batch_sequences)
+            for name in random_split_names(given.domains)
+        ]
+    return [*steps, *plan_evaluation(given)]
+
+
+def plan_add(given: PlanInput, domain: str, *, num_original_domains: int) -> list[Step]:
+    """Steps of ``btm add``: branch, train and join one ELM with the same share of tokens as the first ones.
+
+    ``given.domains`` are the ELMs already there.
+    """
+    source = given.config.branch.source
+    steps = [Step(name=f"prepare/{domain}", kind=StepKind.prepare, num_cpus=given.machine.num_cpus)]
+    needs: tuple[str, ...] = (steps[0].name,)
+    if source in (BranchSource.nearest, BranchSource.posterior):
+        steps += [_score_step(given, f"branch/{domain}/{elm}", needs, 1) for elm in given.domains]
+        needs = tuple(step.name for step in steps)
+    if source is not BranchSource.seed:
+        steps.append(_merge_step(given, f"branch/{domain}", needs))
+        needs = (steps[-1].name,)
+    updates = divide_updates(given.config.train, num_original_domains)
+    name = f"elm/{domain}"
+    steps.append(_train_step(given, name, needs, updates.elm, updates.elm_batch_sequences))
+    steps.append(Step(name=f"join/{domain}", kind=StepKind.join, needs=(name,)))
+    return steps
+
+
+def plan_evaluation(given: PlanInput) -> list[Step]:
+    """Steps of ``btm evaluate``: score every model on every domain, average, mix, report."""
+    config, count = given.config, len(given.evaluated)
+    joined = tuple(f"join/{domain}" for domain in given.domains)
+    steps = [_score_step(given, "score/seed", ("seed",), count)]
+    steps += [_score_step(given, f"score/elm/{d}", (f"join/{d}",), 2 * count) for d in given.domains]
+    if config.baselines.dense:
+        steps.append(_score_step(given, "score/dense", ("dense",), count))
+    if config.baselines.random_split:
+        steps += [_score_step(given, f"score/{n}", (n,), count) for n in random_split_names(given.domains)]
+    steps.append(_merge_step(given, f"average/{MergeMethodName.uniform}", joined))
+    steps.append(_score_step(given, f"score/{steps[-1].name}", (steps[-1].name,), count))
+    elm_scores = tuple(f"score/elm/{domain}" for domain in given.domains)
+    for domain in given.evaluated:
+        steps.append(_merge_step(given, f"average/{MergeMethodName.posterior}/{domain}", elm_scores))
+        steps.append(_score_step(given, f"score/{steps[-1].name}", (steps[-1].name,), 1))
+    scores = tuple(step.name for step in steps if step.kind is StepKind.score)
+    steps.append(Step(name="evaluate", kind=StepKind.evaluate, needs=scores))
+    steps.append(Step(name="report", kind=StepKind.report, needs=("evaluate",)))
+    return steps
+
+
+def random_split_names(domains: Sequence[str]) -> list[str]:
+    """Names of the random-split forest's ELMs: as many as there are domains."""
+    return [f"random/{index}" for index in range(len(domains))]
+
+
+def only_available(steps: Sequence[Step], finished: Sequence[str]) -> list[Step]:
+    """Drop needs that are finished already (``finished``), for plans that begin in the middle."""
+    names = {step.name for step in steps}
+    done = set(finished)
+    return [
+        Step(**{**_fields(step), "needs": tuple(n for n in step.needs if n in names and n not in done)})
+        for step in steps
+    ]
+
+
+def _elm_steps(given: PlanInput, domain: str) -> list[Step]:
+    updates, name = given.updates, f"elm/{domain}"
+    return [
+        _train_step(given, name, ("seed",), updates.elm, updates.elm_batch_sequences),
+        Step(name=f"join/{domain}", kind=StepKind.join, needs=(name,)),
+    ]
+
+
+def _train_step(
+    given: PlanInput,
+    name: str,
+    needs: tuple[str, ...],
+    updates: int,
+    sequences: int,
+    *,
+    whole_machine: bool = False,
+) -> Step:
+    config, length = given.config, given.config.train.sequence_length
+    tokens = updates * sequences * length
+    gpus = given.machine.num_gpus if whole_machine else config.launch.gpus_per_elm
+    gpus = gpus if config.launch.gpus_per_elm else 0
+    processes = max(gpus, config.engine.num_processes) if gpus else config.engine.num_processes
+    while sequences % processes:
+        processes -= 1
+    return Step(
+        name=name,
+        kind=StepKind.train,
+        needs=needs,
+        num_processes=processes,
+        num_cpus=max(processes, given.machine.num_cpus if whole_machine else config.launch.cpus_per_elm),
+        num_gpus=min(gpus, processes),
+        tokens=tokens,
+        updates=updates,
+        flops=tokens * given.size.flops_per_token(length),
+        disk_bytes=config.train.keep_checkpoints * given.size.checkpoint_bytes + 2 * given.size.num_parameters,
+    )
+
+
+def _score_step(given: PlanInput, name: str, needs: tuple[str, ...], num_splits: int) -> Step:
+    tokens = num_splits * given.config.evaluate.max_tokens
+    length = given.config.evaluate.sequence_length or given.config.train.sequence_length
+    return Step(
+        name=name,
+        kind=StepKind.score,
+        needs=needs,
+        num_cpus=given.config.launch.cpus_per_elm,
+        num_gpus=min(1, given.config.launch.gpus_per_elm),
+        tokens=tokens,
+        flops=tokens * given.size.flops_per_token(length) / 3,
+        disk_bytes=4 * tokens,
+    )
+
+
+def _merge_step(given: PlanInput, name: str, needs: tuple[str, ...]) -> Step:
+    return Step(name=name, kind=StepKind.merge, needs=needs, disk_bytes=2 * given.size.num_parameters)
+
+
+def _fields(step: Step) -> dict[str, object]:
+    return {name: getattr(step, name) for name in Step.__dataclass_fields__}
