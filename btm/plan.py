@@ -9,7 +9,7 @@ weights) is known only then.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from btm.budget import ModelSize, Updates, divide_updates
@@ -147,10 +147,7 @@ def only_available(steps: Sequence[Step], finished: Sequence[str]) -> list[Step]
     """Drop needs that are finished already (``finished``), for plans that begin in the middle."""
     names = {step.name for step in steps}
     done = set(finished)
-    return [
-        Step(**{**_fields(step), "needs": tuple(n for n in step.needs if n in names and n not in done)})
-        for step in steps
-    ]
+    return [replace(step, needs=tuple(n for n in step.needs if n in names and n not in done)) for step in steps]
 
 
 def _elm_steps(given: PlanInput, domain: str) -> list[Step]:
@@ -209,6 +206,3 @@ def _score_step(given: PlanInput, name: str, needs: tuple[str, ...], num_splits:
 def _merge_step(given: PlanInput, name: str, needs: tuple[str, ...]) -> Step:
     return Step(name=name, kind=StepKind.merge, needs=needs, disk_bytes=2 * given.size.num_parameters)
 
-
-def _fields(step: Step) -> dict[str, object]:
-    return {name: getattr(step, name) for name in Step.__dataclass_fields__}

@@ -104,6 +104,8 @@ class TokenSource(Model):
     """Path of the shard without ``.bin`` / ``.idx``."""
     weight: float = Field(1.0, ge=0)
     part: Part | None = None
+    fingerprint: str = ""
+    """Of the prepared domain, so that a changed corpus is noticed."""
 
 
 class Start(Model):
@@ -112,6 +114,8 @@ class Start(Model):
     kind: Literal["scratch", "weights", "checkpoint"]
     """scratch: random from the model config; weights: a Hugging Face directory with a fresh optimizer; checkpoint: a run directory of the trainer whose newest checkpoint is continued, optimizer included."""
     path: str | None = None
+    sha256: str = ""
+    """Of what made the parent, so that a changed parent is noticed."""
 
 
 class TrainSpec(StoredModel):

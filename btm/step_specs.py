@@ -1,0 +1,293 @@
+"""Requests for the workers: one builder per kind of step, from the configuration and the forest as it is now."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from btm.budget import Updates
+from btm.config import BranchOptimizer, BranchSource, Config, MergeMethodName
+from btm.forest import Forest, weights_sha256
+from btm.plan import Step, StepKind, random_split_names
+from btm.records import (
+    DomainInfo,
+    EvaluateSpec,
+    Ledger,
+    MergeInput,
+    MergeResult,
+    MergeSpec,
+    Part,
+    PrepareSpec,
+    ScoreSource,
+    ScoreSpec,
+    Start,
+    StoredModel,
+    TokenSource,
+    TrainResult,
+    TrainSpec,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What building a spec needs to know."""
+
+    config: Config
+    forest_dir: Path
+    updates: Updates
+    domains: list[str]
+    """Domains that the seed and dense models train on."""
+    novel: list[str] = field(default_factory=list)
+    evaluation_name: str = "evaluation.json"
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Domains that are evaluated."""
+        return [*self.domains, *self.novel]
+
+    def run_dir(self, name: str) -> Path:
+        """Directory of a step."""
+        return self.forest_dir / "runs" / name
+
+    def corpus(self, domain: str, split: str) -> str:
+        """Prefix of a token shard."""
+        return str(self.forest_dir / "corpus" / domain / split)
+
+    def forest(self) -> Forest:
+        """The forest as it is now."""
+        return Forest.open(self.forest_dir)
+
+    def domain_info(self, domain: str) -> DomainInfo:
+        """Record of a prepared domain."""
+        return DomainInfo.load(self.forest_dir / "corpus" / domain / "corpus.json")
+
+
+def build_spec(step: Step, context: Context) -> StoredModel | None:
+    """Request for the worker of ``step``; None for steps that take the forest directory alone."""
+    builders: dict[StepKind, Callable[[Step, Context], StoredModel]] = {
+        StepKind.prepare: _prepare_spec,
+        StepKind.train: _train_spec,
+        StepKind.score: _score_spec,
+        StepKind.merge: _merge_spec,
+        StepKind.evaluate: _evaluate_spec,
+    }
+    builder = builders.get(step.kind)
+    return builder(step, context) if builder else None
+
+
+def _prepare_spec(step: Step, context: Context) -> PrepareSpec:
+    data = context.config.data
+    if step.name != "prepare":
+        domain = step.name.removeprefix("prepare/")
+        path = data.path or data.add_later.get(domain) or data.novel.get(domain)
+        later = {domain: path} if path else {}
+        data = data.model_copy(
+            update={"domains": later, "novel": {}, "add_later": {}, "path": None, "local_text": not later}
+        )
+    return PrepareSpec(
+        output_dir=str(context.forest_dir / "corpus"),
+        tokenizer_dir=str(context.forest_dir / "tokenizer"),
+        pretrained_dir=context.config.tokenizer.path or context.config.model.path,
+        data=data,
+        tokenizer=context.config.tokenizer,
+        seed=context.config.seed,
+    )
+
+
+def _source(domain: str, split: str, context: Context, *, weight: float = 1.0, part: Part | None = None) -> TokenSource:
+    return TokenSource(
+        domain=domain,
+        prefix=context.corpus(domain, split),
+        weight=weight,
+        part=part,
+        fingerprint=context.domain_info(domain).fingerprint,
+    )
+
+
+def _train_spec(step: Step, context: Context) -> TrainSpec:
+    config, updates = context.config, context.updates
+    start = _start(step.name, context)
+    whole = step.name in ("seed", "dense")
+    first, last, total = updates.seed, updates.total, updates.total
+    if step.name == "seed":
+        first, last = 0, updates.seed
+    elif start.kind == "weights":
+        first, last, total = 0, updates.elm, max(1, updates.elm)
+    return TrainSpec(
+        name=step.name,
+        output_dir=str(context.run_dir(step.name)),
+        start=start,
+        sources=_train_sources(step.name, context),
+        dev=_dev_sources(step.name, context),
+        first_update=first,
+        last_update=last,
+        total_updates=total,
+        batch_sequences=updates.batch_sequences if whole else updates.elm_batch_sequences,
+        tokenizer_dir=str(context.forest_dir / "tokenizer"),
+        model=config.model,
+        train=config.train,
+        engine=config.engine,
+        seed=config.seed,
+    )
+
+
+def _start(name: str, context: Context) -> Start:
+    """Where the weights come from; an optimizer that starts anew gets a schedule of its own."""
+    config = context.config
+    if name == "seed":
+        return Start(kind="weights" if config.model.path else "scratch", path=config.model.path)
+    domain = name.removeprefix("elm/") if name.startswith("elm/") else None
+    if domain and config.branch.source is not BranchSource.seed:
+        model = context.run_dir(f"branch/{domain}") / "model"
+        return Start(kind="weights", path=str(model), sha256=MergeResult.load(Path(f"{model}.json")).spec_sha256)
+    seed = TrainResult.load(context.run_dir("seed") / "result.json").spec_sha256
+    if domain and config.branch.optimizer is BranchOptimizer.reset:
+        return Start(kind="weights", path=str(context.forest_dir / "seed"), sha256=seed)
+    return Start(kind="checkpoint", path=str(context.run_dir("seed")), sha256=seed)
+
+
+def _train_sources(name: str, context: Context) -> list[TokenSource]:
+    data = context.config.data
+    mixture = [_source(d, "train", context, weight=data.weights.get(d, 1.0)) for d in context.domains]
+    if name in ("seed", "dense"):
+        return mixture
+    if name.startswith("random/"):
+        names = random_split_names(context.domains)
+        part = Part(index=names.index(name), count=len(names))
+        return [source.model_copy(update={"part": part}) for source in mixture]
+    own = _source(name.removeprefix("elm/"), "train", context, weight=1 - data.seed_data_fraction)
+    if not data.seed_data_fraction:
+        return [own]
+    total = sum(source.weight for source in mixture)
+    shared = [s.model_copy(update={"weight": s.weight / total * data.seed_data_fraction}) for s in mixture]
+    others = [source for source in shared if source.domain != own.domain]
+    kept = sum(source.weight for source in shared if source.domain == own.domain)
+    return [own.model_copy(update={"weight": own.weight + kept}), *others]
+
+
+def _dev_sources(name: str, context: Context) -> list[TokenSource]:
+    own = [name.removeprefix("elm/")] if name.startswith("elm/") else context.domains
+    return [_source(domain, "dev", context) for domain in own]
+
+
+def _score_sources(keys: list[tuple[str, str]], context: Context) -> list[ScoreSource]:
+    evaluate, ensemble = context.config.evaluate, context.config.ensemble
+    return [
+        ScoreSource(
+            key=f"{split}-{domain}",
+            prefix=context.corpus(domain, split),
+            fingerprint=context.domain_info(domain).fingerprint,
+            max_tokens=evaluate.max_tokens,
+            max_documents=ensemble.prior_documents if split == "dev" else None,
+        )
+        for split, domain in keys
+    ]
+
+
+def _score_spec(step: Step, context: Context) -> ScoreSpec:
+    config, forest = context.config, context.forest()
+    name = step.name.removeprefix("score/")
+    everywhere = context.evaluated
+    keys = [("test", domain) for domain in everywhere]
+    if name.startswith("branch/"):
+        _, domain, elm = name.split("/", 2)
+        keys, model_dir, sha256 = [("dev", domain)], forest.directory(elm), weights_sha256(forest.elm(elm))
+    elif name.startswith("elm/"):
+        domain = name.removeprefix("elm/")
+        keys += [("dev", other) for other in everywhere]
+        model_dir, sha256 = forest.directory(domain), weights_sha256(forest.elm(domain))
+    elif name == "seed":
+        assert forest.manifest.seed
+        model_dir, sha256 = forest.directory("seed"), weights_sha256(forest.manifest.seed)
+    elif name.startswith("average/"):
+        model_dir = context.forest_dir / "averages" / name.removeprefix("average/")
+        sha256 = MergeResult.load(Path(f"{model_dir}.json")).spec_sha256
+        if name.startswith("average/posterior/"):
+            keys = [("test", name.removeprefix("average/posterior/"))]
+    else:
+        result = TrainResult.load(context.run_dir(name) / "result.json")
+        model_dir, sha256 = Path(result.model_dir), result.spec_sha256
+    return ScoreSpec(
+        name=name,
+        model_dir=str(model_dir),
+        model_sha256=sha256,
+        sources=_score_sources(keys, context),
+        output_dir=str(context.forest_dir / "scores" / name),
+        sequence_length=config.evaluate.sequence_length or config.train.sequence_length,
+        batch_sequences=config.evaluate.batch_sequences,
+        dtype=config.engine.dtype.value,
+    )
+
+
+def _merge_spec(step: Step, context: Context) -> MergeSpec:
+    forest, kind = context.forest(), step.name.split("/")[0]
+    scores = context.forest_dir / "scores"
+    if kind == "branch":
+        domain = step.name.removeprefix("branch/")
+        method = context.config.branch.source.value
+        output = context.run_dir(step.name) / "model"
+        score_dirs = {elm: str(scores / "branch" / domain / elm) for elm in forest.domains}
+    else:
+        _, method, *rest = step.name.split("/")
+        domain = rest[0] if rest else None
+        output = context.forest_dir / "averages" / step.name.removeprefix("average/")
+        score_dirs = {elm: str(scores / "elm" / elm) for elm in forest.domains}
+    return MergeSpec(
+        name=step.name,
+        method=MergeMethodName(method),
+        models=[
+            MergeInput(
+                name=record.domain,
+                directory=str(context.forest_dir / record.directory),
+                files=record.files,
+                score_dir=score_dirs[record.domain] if domain else None,
+            )
+            for record in forest.manifest.elms
+        ],
+        domain=domain,
+        tokenizer_dir=str(forest.tokenizer_dir),
+        output_dir=str(output),
+        memory_bytes=context.config.merge.memory_bytes,
+    )
+
+
+def _evaluate_spec(step: Step, context: Context) -> EvaluateSpec:
+    config, forest = context.config, context.forest()
+    scores = context.forest_dir / "scores"
+    everywhere = context.evaluated
+    rows = ["seed", *(["dense"] if config.baselines.dense else []), *(f"elm/{elm}" for elm in forest.domains)]
+    rows.append("average/uniform")
+    random = random_split_names(context.domains) if config.baselines.random_split else []
+    return EvaluateSpec(
+        domains=context.domains,
+        novel_domains=context.novel,
+        models={row: str(scores / row) for row in rows},
+        per_domain_models={
+            "average/posterior": {d: str(scores / "average/posterior" / d) for d in everywhere},
+        },
+        elms={elm: str(scores / "elm" / elm) for elm in forest.domains},
+        random_split=[str(scores / name) for name in random],
+        ledgers=_ledgers(context, forest, random),
+        test_prefixes={domain: str(context.forest_dir / "corpus" / domain / "test") for domain in everywhere},
+        tokenizer_dir=str(forest.tokenizer_dir),
+        ensemble=config.ensemble,
+        evaluate=config.evaluate,
+        sequence_length=config.evaluate.sequence_length or config.train.sequence_length,
+        seed=config.seed,
+        output=str(context.forest_dir / context.evaluation_name),
+    )
+
+
+def _ledgers(context: Context, forest: Forest, random: list[str]) -> dict[str, Ledger]:
+    """Cost of each row, the seed phase included in everything that was branched from it."""
+    seed = forest.manifest.seed.ledger if forest.manifest.seed else Ledger()
+    own = {f"elm/{record.domain}": record.ledger for record in forest.manifest.elms}
+    ledgers = {"seed": seed} | {name: seed + ledger for name, ledger in own.items()}
+    total = sum(own.values(), start=seed)
+    for row in ("average/uniform", "average/posterior", "ensemble"):
+        ledgers[row] = total
+    if context.config.baselines.dense:
+        ledgers["dense"] = seed + TrainResult.load(context.run_dir("dense") / "result.json").ledger
+    if random:
+        results = [TrainResult.load(context.run_dir(name) / "result.json").ledger for name in random]
+        ledgers["random_split/ensemble"] = sum(results, start=seed)
+    return ledgers

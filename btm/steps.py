@@ -1,0 +1,107 @@
+"""When a step is finished, and what its end means for the forest."""
+
+import datetime
+from pathlib import Path
+
+from btm.errors import ForestError
+from btm.files import read_json
+from btm.forest import Forest
+from btm.plan import Step, StepKind
+from btm.records import (
+    ElmRecord,
+    EvaluateSpec,
+    MergeResult,
+    MergeSpec,
+    Parent,
+    PrepareResult,
+    PrepareSpec,
+    ScoreSpec,
+    StoredModel,
+    TrainResult,
+    TrainSpec,
+)
+from btm.step_specs import Context
+
+MODULES = {
+    StepKind.prepare: "btm.corpus.worker",
+    StepKind.train: "btm.train.worker",
+    StepKind.score: "btm.evaluate.score",
+    StepKind.merge: "btm.merge.worker",
+    StepKind.evaluate: "btm.evaluate.worker",
+    StepKind.report: "btm.evaluate.report",
+}
+"""Kind of step -> module that runs it as ``python -m <module> <spec.json>``; ``join`` is done by the driver."""
+
+
+def is_finished(step: Step, spec: StoredModel | None, context: Context) -> bool:
+    """Whether the result of ``step`` is there and answers exactly ``spec``."""
+    if step.kind is StepKind.join:
+        return step.name.removeprefix("join/") in context.forest().domains
+    if spec is None:
+        return False
+    path = _result_path(step, spec)
+    if not path.is_file():
+        return False
+    try:
+        return read_json(path).get("spec_sha256") == spec.sha256
+    except (ForestError, AttributeError):
+        return False
+
+
+def register(step: Step, context: Context) -> None:
+    """Let a finished step change the forest: a corpus makes it, a seed model and new ELMs join it."""
+    if step.kind is StepKind.prepare:
+        result = PrepareResult.load(context.forest_dir / "corpus" / "prepare.json")
+        Forest.create(
+            context.forest_dir,
+            name=context.config.name,
+            tokenizer_sha256=result.tokenizer_sha256,
+            vocab_size=result.vocab_size,
+        )
+    elif step.name == "seed":
+        result = TrainResult.load(context.run_dir("seed") / "result.json")
+        record = _record("seed", result, [], "-")
+        context.forest().set_seed(record, Path(result.model_dir))
+    elif step.kind is StepKind.join:
+        _join(step.name.removeprefix("join/"), context)
+
+
+def _join(domain: str, context: Context) -> None:
+    forest = context.forest()
+    result = TrainResult.load(context.run_dir(f"elm/{domain}") / "result.json")
+    parents = _parents(domain, context)
+    record = _record(domain, result, parents, context.domain_info(domain).fingerprint)
+    forest.join(record.model_copy(update={"ancestors": forest.ancestors(parents)}), Path(result.model_dir))
+
+
+def _record(domain: str, result: TrainResult, parents: list[Parent], fingerprint: str) -> ElmRecord:
+    return ElmRecord(
+        domain=domain,
+        directory="",
+        parents=parents,
+        ledger=result.ledger,
+        data_fingerprint=fingerprint,
+        files={},
+        num_parameters=result.num_parameters,
+        dev_loss=result.dev_loss,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _parents(domain: str, context: Context) -> list[Parent]:
+    branch = context.run_dir(f"branch/{domain}") / "model.json"
+    if not branch.is_file():
+        return [Parent(name="seed", weight=1.0)]
+    weights = MergeResult.load(branch).weights
+    return [Parent(name=name, weight=weight) for name, weight in weights.items() if weight > 0]
+
+
+def _result_path(step: Step, spec: StoredModel) -> Path:
+    if isinstance(spec, PrepareSpec):
+        return Path(spec.output_dir) / "prepare.json"
+    if isinstance(spec, MergeSpec):
+        return Path(spec.output_dir + ".json")
+    if isinstance(spec, EvaluateSpec):
+        return Path(spec.output + ".result")
+    assert isinstance(spec, TrainSpec | ScoreSpec), step
+    return Path(spec.output_dir) / "result.json"
