@@ -1,0 +1,1 @@
+"""Mix the next-token distributions of a forest's ELMs by the posterior over domains."""

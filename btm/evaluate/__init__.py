@@ -1,0 +1,1 @@
+"""Measure models and ensembles on held-out documents, and show the result."""
