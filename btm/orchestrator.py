@@ -26,7 +26,7 @@ from launch.task import Executor, State, Status, Task
 _LOG_LINES = 15
 
 
-class Interrupted(Exception):
+class StoppedError(Exception):
     """The user or the scheduler asked to stop; everything can be resumed."""
 
 
@@ -86,14 +86,14 @@ class Orchestrator:
             after_step: Called when a step has just finished (tests use it to interfere).
 
         Raises:
-            Interrupted: On Ctrl-C or TERM, after the workers have written their checkpoints.
+            StoppedError: On Ctrl-C or TERM, after the workers have written their checkpoints.
         """
         with self._signals():
             try:
                 while self._advance(tracker, after_step):
                     self._show(tracker)
                     time.sleep(self._context.config.launch.poll_interval_s)
-            except Interrupted:
+            except StoppedError:
                 self._stop()
                 raise
             finally:
@@ -103,7 +103,7 @@ class Orchestrator:
     def _advance(self, tracker: Tracker, after_step: Callable[[Step], None] | None) -> bool:
         """Start, collect and restart; False when every step is done, failed or skipped."""
         if self._stopping:
-            raise Interrupted
+            raise StoppedError
         started = True
         while started:
             started = any([self._start(state, tracker) for state in self._states.values() if self._is_ready(state)])

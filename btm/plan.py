@@ -205,4 +205,3 @@ def _score_step(given: PlanInput, name: str, needs: tuple[str, ...], num_splits:
 
 def _merge_step(given: PlanInput, name: str, needs: tuple[str, ...]) -> Step:
     return Step(name=name, kind=StepKind.merge, needs=needs, disk_bytes=2 * given.size.num_parameters)
-

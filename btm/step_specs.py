@@ -169,6 +169,11 @@ def _dev_sources(name: str, context: Context) -> list[TokenSource]:
     return [_source(domain, "dev", context) for domain in own]
 
 
+def dev_source(domain: str, context: Context) -> ScoreSource:
+    """Dev documents of ``domain`` that priors are estimated and soups are judged on."""
+    return _score_sources([("dev", domain)], context)[0]
+
+
 def _score_sources(keys: list[tuple[str, str]], context: Context) -> list[ScoreSource]:
     evaluate, ensemble = context.config.evaluate, context.config.ensemble
     return [

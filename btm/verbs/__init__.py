@@ -1,0 +1,1 @@
+"""One module per command, each with ``main(config)``; imported only when its command is called."""

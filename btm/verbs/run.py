@@ -1,0 +1,89 @@
+"""``btm run``: a whole forest from text, with its baselines, evaluation and report."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from btm.budget import divide_updates
+from btm.config import Config
+from btm.errors import ForestError
+from btm.forest import Forest
+from btm.plan import Step, plan_run
+from btm.plan_table import plan_tables
+from btm.records import Evaluation
+from btm.session import (
+    check_writable,
+    console_for,
+    domain_groups,
+    execute,
+    make_context,
+    plan_input,
+    store_config,
+)
+from btm.verbs.add import add_domain
+
+
+def main(config: Config) -> None:
+    """Run the plan; print it only, when ``dry_run=true``."""
+    console = console_for(config)
+    domains, novel, later = domain_groups(config)
+    given = plan_input(config, domains, [*novel, *later])
+    steps = plan_run(given)
+    if config.dry_run:
+        for table in plan_tables(steps, config, given):
+            console.print(table)
+        return
+    run_forest(config, steps, console)
+    print_evaluation(config, console)
+
+
+def run_forest(config: Config, steps: Sequence[Step], console: Console) -> None:
+    """Run the first round, then add the domains that join later.
+
+    Raises:
+        ForestError: If the disk cannot hold the run.
+        RunError: If a step failed for good.
+    """
+    domains, novel, later = domain_groups(config)
+    forest_dir = Path(config.forest)
+    check_writable(forest_dir)
+    forest_dir.mkdir(parents=True, exist_ok=True)
+    with Forest.lock(forest_dir):
+        check_disk(steps, forest_dir)
+        store_config(config)
+        if Forest.exists(forest_dir):
+            Forest.open(forest_dir).clean()
+        updates = divide_updates(config.train, len(domains))
+        console.print(
+            f"{len(domains)} domains, {updates.total} updates ({updates.seed} of them seed phase), "
+            f"{updates.total * updates.batch_sequences * config.train.sequence_length:,} tokens in {forest_dir}"
+        )
+        execute(steps, make_context(config, domains, [*novel, *later]), console)
+        for domain in later:
+            add_domain(config, domain, console, evaluation_name=f"evaluation-with-{domain}.json")
+
+
+def check_disk(steps: Sequence[Step], forest_dir: Path) -> None:
+    """Refuse a run that cannot fit on the disk.
+
+    Raises:
+        ForestError: With the bytes needed and free.
+    """
+    needed = sum(step.disk_bytes for step in steps)
+    free = shutil.disk_usage(forest_dir).free
+    if needed > free:
+        raise ForestError(
+            f"{forest_dir} has {free:,} bytes free, the plan needs about {needed:,}; "
+            "free some, or choose another forest=..."
+        )
+
+
+def print_evaluation(config: Config, console: Console) -> None:
+    """Print the table of the forest's evaluation, and where the report is."""
+    from btm.tables import evaluation_table
+
+    forest_dir = Path(config.forest)
+    console.print(evaluation_table(Evaluation.load(forest_dir / "evaluation.json")))
+    console.print(f"report: {forest_dir / 'report.html'}", soft_wrap=True)
