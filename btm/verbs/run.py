@@ -1,5 +1,6 @@
 """``btm run``: a whole forest from text, with its baselines, evaluation and report."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from btm.session import (
     plan_input,
     store_config,
 )
+from btm.summary import write_summary
 from btm.verbs.add import add_domain
 
 
@@ -36,7 +38,14 @@ def main(config: Config) -> None:
             console.print(table)
         return
     run_forest(config, steps, console)
+    summary = write_summary(Path(config.forest), later)
+    if config.output_json:
+        print(json.dumps(summary, indent=2))
+        return
     print_evaluation(config, console)
+    for relation in summary["relations"]:
+        verdict = "holds" if relation["holds"] else "DOES NOT HOLD"
+        console.print(f"{relation['claim']}: {relation['left']:.2f} < {relation['right']:.2f} {verdict}", markup=False)
 
 
 def run_forest(config: Config, steps: Sequence[Step], console: Console) -> None:

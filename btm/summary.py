@@ -1,0 +1,85 @@
+"""``summary.json``: the figures of a run in one flat file, with the relations that Branch-Train-Merge promises."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from btm.files import write_json
+from btm.forest import Forest, file_hashes
+from btm.records import Evaluation
+
+_ADDED_ROW = "ensemble/cached"
+
+
+def write_summary(forest_dir: Path, added: Sequence[str]) -> dict[str, Any]:
+    """Collect the evaluation of the first round and of every domain added since, and write ``summary.json``.
+
+    Args:
+        forest_dir: The forest.
+        added: Domains that joined after the first round, each with an ``evaluation-with-<domain>.json``.
+
+    Returns:
+        What was written.
+    """
+    evaluation = Evaluation.load(forest_dir / "evaluation.json")
+    summary: dict[str, Any] = {
+        "domains": evaluation.domains,
+        "novel_domains": evaluation.novel_domains,
+        "ledger": {
+            name: scores.ledger.model_dump(mode="json") for name, scores in evaluation.models.items() if scores.ledger
+        },
+        "perplexity": {
+            name: {domain: score.perplexity for domain, score in scores.domains.items()}
+            for name, scores in evaluation.models.items()
+        },
+    }
+    additions = [_added_domain(forest_dir, evaluation, domain) for domain in added]
+    if additions:
+        summary["added_domain"] = additions[0] if len(additions) == 1 else additions
+    summary["relations"] = relations(evaluation) + [
+        {
+            "claim": f"the ensemble reads {item['name']} better with its ELM than without",
+            "left": item["perplexity_after"],
+            "right": item["perplexity_before"],
+            "holds": item["perplexity_after"] < item["perplexity_before"],
+        }
+        for item in additions
+    ]
+    write_json(forest_dir / "summary.json", summary)
+    return summary
+
+
+def relations(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Expected orderings of perplexity averaged over the trained domains, each with both figures and the verdict."""
+    claims = [
+        ("the ensemble beats the dense model of equal tokens", "ensemble/uniform", "dense"),
+        ("ELMs of domains beat ELMs of a random split", "ensemble/uniform", "random_split/ensemble"),
+        ("the posterior average beats the uniform average", "average/posterior", "average/uniform"),
+    ]
+    found = []
+    for claim, left, right in claims:
+        if left in evaluation.models and right in evaluation.models:
+            a, b = mean_perplexity(evaluation, left), mean_perplexity(evaluation, right)
+            found.append({"claim": claim, "left": a, "right": b, "holds": a < b})
+    return found
+
+
+def mean_perplexity(evaluation: Evaluation, model: str) -> float:
+    """Perplexity of ``model`` averaged over the trained domains."""
+    scores = evaluation.models[model].domains
+    return fmean(scores[domain].perplexity for domain in evaluation.domains if domain in scores)
+
+
+def _added_domain(forest_dir: Path, before: Evaluation, domain: str) -> dict[str, Any]:
+    after = Evaluation.load(forest_dir / f"evaluation-with-{domain}.json")
+    forest = Forest.open(forest_dir)
+    others = [record for record in forest.manifest.elms if record.domain != domain]
+    unchanged = all(file_hashes(forest_dir / record.directory) == record.files for record in others)
+    return {
+        "name": domain,
+        "perplexity_before": before.models[_ADDED_ROW].domains[domain].perplexity,
+        "perplexity_after": after.models[_ADDED_ROW].domains[domain].perplexity,
+        "model": _ADDED_ROW,
+        "unchanged": unchanged,
+    }
