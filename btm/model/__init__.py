@@ -1,0 +1,1 @@
+"""Causal language models: build, load, save, count, and their losses, fast on CPUs and right everywhere."""
