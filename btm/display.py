@@ -7,6 +7,7 @@ with many tasks, fewer than one progress line per third of the interval.
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,11 @@ _FRAMES_PER_S = 4
 _TASKS_PER_INTERVAL = 3
 _FRAME_LINES = 6
 """Lines of a terminal that are left to messages and the table's head."""
-_STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "bold red", "cancelled": "yellow"}
-_STATE_ORDER = ("failed", "running", "cancelled", "queued")
+_ACTIVE = ("failed", "running", "restarting", "cancelled")
+"""States that are always worth a line, in this order."""
+_NOT_BEGUN = ("waiting", "queued")
+_FINISHED = ("done", "succeeded")
+_STATE_STYLES = {"running": "cyan", "failed": "bold red", "restarting": "yellow", "cancelled": "yellow"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +39,17 @@ class TaskView:
 
     name: str
     state: str
-    """A value of :class:`launch.task.State`."""
+    """waiting (or queued), running, restarting, done (or succeeded), failed, skipped, cancelled."""
     metrics_path: Path | None
     """Of the worker; None for tasks without metrics."""
     total_updates: int | None
-    """Update at which the task ends."""
+    """Updates of this task alone."""
     total_tokens: int | None
-    """``tokens`` of its last metric row."""
+    """Tokens of this task alone."""
     note: str = ""
     """Shown beside it: a restart, the reason of a failure."""
     first_update: int = 0
-    """Update at which the task began (its parent's last one)."""
+    """Updates that its parent had done: the task's metric rows count on from there."""
 
 
 @dataclass(slots=True)
@@ -70,7 +74,8 @@ class Progress:
             self.tokens_per_s = number(row, "train/tokens_per_s")
             self.seconds_left = None
             if view.total_updates is not None and per_update and self.tokens_per_s:
-                self.seconds_left = max(0, view.total_updates - update) * per_update / self.tokens_per_s
+                left = max(0, view.first_update + view.total_updates - update)
+                self.seconds_left = left * per_update / self.tokens_per_s
 
     def _tokens_per_update(self, update: int, tokens: float | None, view: TaskView) -> float | None:
         if tokens is None:
@@ -145,13 +150,13 @@ class RunDisplay:
 
     def _follow(self, view: TaskView) -> None:
         progress = self._progress.setdefault(view.name, Progress())
-        if view.metrics_path is not None and view.state != "queued":
+        if view.metrics_path is not None and view.state not in _NOT_BEGUN:
             key = (view.name, view.metrics_path)
             tail = self._tails.setdefault(key, MetricsTail(view.metrics_path))
             progress.take(tail.read(), view)
 
     def _print_line(self, view: TaskView, now: float, interval: float) -> None:
-        changed = self._states.get(view.name, "queued") != view.state
+        changed = view.state not in _NOT_BEGUN and self._states.get(view.name) != view.state
         self._states[view.name] = view.state
         due = view.state == "running" and now - self._printed_at.get(view.name, now) >= interval
         if changed or view.name not in self._printed_at:
@@ -166,7 +171,7 @@ class RunDisplay:
     def _facts(self, view: TaskView) -> list[str]:
         progress, facts = self._progress[view.name], []
         if progress.update is not None:
-            facts.append(f"{_of(str(progress.update), view.total_updates)} updates")
+            facts.append(f"{_of(str(max(0, progress.update - view.first_update)), view.total_updates)} updates")
         if progress.tokens is not None:
             total = None if view.total_tokens is None else format_count(view.total_tokens)
             facts.append(f"{_of(format_count(progress.tokens), total)} tokens")
@@ -179,7 +184,8 @@ class RunDisplay:
         return [*facts, view.note] if view.note else facts
 
     def _frame(self) -> RenderableType:
-        ranked = sorted(self._views, key=lambda view: _rank(view.state))
+        worth = [view for view in self._views if view.metrics_path is not None or view.state in _ACTIVE]
+        ranked = sorted(worth, key=lambda view: _rank(view.state))
         room = max(3, self._console.height - _FRAME_LINES)
         shown = ranked if len(ranked) <= room else ranked[: room - 1]
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", expand=True)
@@ -193,12 +199,10 @@ class RunDisplay:
             table.add_column("", overflow="ellipsis", no_wrap=True, ratio=2)
         for view in shown:
             table.add_row(*self._cells(view), *([Text(plain(view.note))] if with_notes else []))
-        counts = {
-            state: sum(view.state == state for view in self._views) for view in self._views for state in [view.state]
-        }
+        counts = Counter(view.state for view in self._views)
         total = ", ".join(f"{count} {state}" for state, count in counts.items())
         hidden = f" ({len(ranked) - len(shown)} not shown)" if len(shown) < len(ranked) else ""
-        return Group(table, Text(plain(total + hidden), style="dim"))
+        return Group(table, Text(plain(f"{len(self._views)} tasks: {total}{hidden}"), style="dim"))
 
     def _cells(self, view: TaskView) -> list[RenderableType]:
         progress = self._progress.get(view.name, Progress())
@@ -207,7 +211,9 @@ class RunDisplay:
             Text(plain(view.name)),
             Text(plain(view.state), style=_STATE_STYLES.get(view.state, "dim")),
             _bar(view, progress),
-            "" if progress.update is None else _of(str(progress.update), view.total_updates),
+            ""
+            if progress.update is None
+            else _of(str(max(0, progress.update - view.first_update)), view.total_updates),
             "" if progress.tokens is None else format_count(progress.tokens),
             "" if progress.loss is None else f"{progress.loss:.3f}",
             format_count(progress.tokens_per_s) if running and progress.tokens_per_s is not None else "",
@@ -216,12 +222,11 @@ class RunDisplay:
 
 
 def _bar(view: TaskView, progress: Progress) -> RenderableType:
-    if view.state == "succeeded":
+    if view.state in _FINISHED:
         return ProgressBar(total=1, completed=1)
-    if view.total_updates is None or progress.update is None:
+    if not view.total_updates or progress.update is None:
         return ""
-    total = max(1, view.total_updates - view.first_update)
-    return ProgressBar(total=total, completed=max(0, progress.update - view.first_update))
+    return ProgressBar(total=view.total_updates, completed=max(0, progress.update - view.first_update))
 
 
 def _of(done: str, total: int | str | None) -> str:
@@ -229,4 +234,5 @@ def _of(done: str, total: int | str | None) -> str:
 
 
 def _rank(state: str) -> int:
-    return _STATE_ORDER.index(state) if state in _STATE_ORDER else len(_STATE_ORDER)
+    order = (*_ACTIVE, *_NOT_BEGUN)
+    return order.index(state) if state in order else len(order)

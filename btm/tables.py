@@ -158,7 +158,7 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
 
 def forest_table(manifest: ForestManifest) -> RenderableType:
     """Table of the models of a forest: parents, parameters, tokens, own dev loss, origin and time of joining."""
-    table = _new_table(title=f"forest {plain(manifest.name)}: {len(manifest.elms)} ELMs")
+    table = _new_table(title=f"forest {manifest.name}: {len(manifest.elms)} ELMs")
     for name in ("model", "branched from"):
         table.add_column(name, overflow="fold", ratio=1, min_width=12)
     for name in ("parameters", "tokens", "dev loss", "origin"):
@@ -213,7 +213,9 @@ def elm_table(record: ElmRecord) -> RenderableType:
 
 def key_value_table(values: Mapping[str, object], *, title: str | None = None) -> Table:
     """Two columns, one line per entry of ``values``; texts are shown as they are, without markup."""
-    table = Table(box=None, show_header=False, title=Text(title, style="bold") if title else None, title_justify="left")
+    table = Table(
+        box=None, show_header=False, title=Text(plain(title), style="bold") if title else None, title_justify="left"
+    )
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for key, value in values.items():
@@ -234,7 +236,7 @@ def rows_table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, tit
 
 
 def _new_table(title: str | None = None) -> Table:
-    heading = Text(title, style="bold") if title else None
+    heading = Text(plain(title), style="bold") if title else None
     return Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", padding=(0, 0), header_style="bold")
 
 
