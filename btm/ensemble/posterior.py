@@ -42,7 +42,7 @@ def log_weights(
 
     Args:
         logp: ``l``, shape ``(E, ..., T)``; ``-inf`` counts as an impossible token.
-        log_prior: Log prior, shape ``(E,)``; need not be normalised; ``-inf`` leaves an ELM out.
+        log_prior: Log prior, shape ``(E,)`` or ``(E, ...)``; need not be normalised; ``-inf`` leaves an ELM out.
         mode: What the posterior looks at.
         temper: Exponent of the likelihood in [0, 1]; 0 is the prior alone.
         top_k: ELMs kept at each token; None keeps all.
@@ -53,19 +53,29 @@ def log_weights(
     Raises:
         EnsembleError: If the shapes disagree, the prior is empty, or ``top_k`` is not in 1..E.
     """
+    if not bool((log_prior > -torch.inf).any()):
+        raise EnsembleError("the prior gives every ELM weight 0; give at least one ELM a positive weight")
+    log_w = torch.log_softmax(log_joint(logp, log_prior, mode=mode, temper=temper), 0)
+    return log_w if top_k is None else keep_top_k(log_w, top_k)
+
+
+def log_joint(
+    logp: Tensor, log_prior: Tensor, *, mode: PosteriorMode = PosteriorMode.history, temper: float = 1.0
+) -> Tensor:
+    """Log of prior times likelihood before each token: :func:`log_weights` before it is normalised over ELMs.
+
+    Each ELM's row depends on that ELM alone, so that one ELM can be added to a mixture after the other.
+    """
     prior = _broadcast_prior(log_prior, logp)
-    evidence = _finite(logp)
+    evidence = temper * _finite(logp)
     if mode is PosteriorMode.history:
         # Not (sum to t) - l_t: rounding would leak the token into its own weight.
         before = torch.cat([torch.zeros_like(evidence[..., :1]), evidence[..., :-1].cumsum(-1)], -1)
-        log_w = torch.log_softmax(prior + temper * before, 0)
-    elif mode is PosteriorMode.last_token:
-        log_w = torch.log_softmax(prior + temper * evidence.roll(1, -1), 0)
-        allowed = torch.where(prior.isneginf(), prior, torch.zeros_like(prior))
-        log_w[..., :1] = torch.log_softmax(allowed, 0)
-    else:
-        log_w = torch.log_softmax(prior, 0).expand_as(evidence)
-    return log_w if top_k is None else keep_top_k(log_w, top_k)
+        return prior + before
+    if mode is PosteriorMode.last_token:
+        first = torch.where(prior.isneginf(), prior, torch.zeros_like(prior)).expand_as(evidence[..., :1])
+        return torch.cat([first, prior + evidence[..., :-1]], -1)
+    return prior.expand_as(evidence)
 
 
 def mixture(logp: Tensor, log_w: Tensor) -> Tensor:
@@ -219,12 +229,9 @@ def _finite(logp: Tensor) -> Tensor:
 
 
 def _broadcast_prior(log_prior: Tensor, logp: Tensor) -> Tensor:
-    num_elms = logp.shape[0] if logp.ndim else 0
-    if logp.ndim < 2 or log_prior.shape != (num_elms,):
+    if logp.ndim < 2 or log_prior.shape not in (logp.shape[:1], logp.shape[:-1]):
         raise EnsembleError(
-            f"log-probabilities must be (ELMs, ..., tokens) with a prior (ELMs,), "
+            f"log-probabilities must be (ELMs, ..., tokens) with a prior (ELMs,) or (ELMs, ...), "
             f"got {tuple(logp.shape)} and {tuple(log_prior.shape)}"
         )
-    if not bool((log_prior > -torch.inf).any()):
-        raise EnsembleError("the prior gives every ELM weight 0; give at least one ELM a positive weight")
-    return log_prior.double().reshape(num_elms, *[1] * (logp.ndim - 1))
+    return log_prior.double().reshape(*log_prior.shape, *[1] * (logp.ndim - log_prior.ndim))
