@@ -8,7 +8,7 @@ from rich.table import Table
 from btm.config import Config
 from btm.errors import ForestError
 from btm.files import read_json
-from btm.metrics import read_rows
+from btm.metrics import MetricsTail, is_dev_row, latest_rows
 from btm.plan_table import human_count
 from btm.session import console_for
 
@@ -48,8 +48,8 @@ def _row(directory: Path, runs: Path) -> dict[str, object]:
     row: dict[str, object] = {"run": str(directory.relative_to(runs)), "updates": None}
     if "last_update" not in spec:
         return row
-    metrics = directory / "metrics.jsonl"
-    training = [item for item in (read_rows(metrics) if metrics.is_file() else []) if "train/loss" in item]
+    rows = latest_rows(MetricsTail(directory / "metrics.jsonl").read())
+    training = [item for item in rows if not is_dev_row(item)]
     last = training[-1] if training else {}
     finished = (directory / "result.json").is_file()
     return row | {
