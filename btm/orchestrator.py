@@ -190,6 +190,7 @@ class Orchestrator:
             total_updates=step.updates if training else None,
             total_tokens=step.tokens if training else None,
             note="finished earlier" if state.was_there else "",
+            first_update=getattr(state.spec, "first_update", 0),
         )
 
     def _metrics_path(self, step: Step) -> Path:

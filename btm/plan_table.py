@@ -6,6 +6,7 @@ from rich.table import Table
 
 from btm.config import Config
 from btm.plan import PlanInput, Step, StepKind
+from btm.tables import format_bytes, format_count, format_duration, format_flops, key_value_table, rows_table
 
 _CPU_FLOPS_PER_CORE = 1.5e11
 _GPU_FLOPS = 2.0e14
@@ -45,77 +46,44 @@ def makespan_seconds(steps: Sequence[Step], num_cpus: int) -> float:
     return now
 
 
-def human_count(number: float, unit: str = "") -> str:
-    """``1234567`` -> ``1.23 M``; with SI prefixes up to exa."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(number) < 1000 or prefix == "E":
-            digits = 0 if prefix == "" else (2 if abs(number) < 10 else 1 if abs(number) < 100 else 0)
-            return f"{number:.{digits}f} {prefix}{unit}".rstrip()
-        number /= 1000
-    raise AssertionError
-
-
-def human_seconds(seconds: float) -> str:
-    """``75`` -> ``1 min 15 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def _steps_table(steps: Sequence[Step]) -> Table:
-    table = Table(title="plan", title_justify="left", caption_justify="left")
-    for column, side in (
-        ("step", "left"),
-        ("needs", "left"),
-        ("processes", "right"),
-        ("cores", "right"),
-        ("GPUs", "right"),
-        ("updates", "right"),
-        ("tokens", "right"),
-        ("FLOPs", "right"),
-        ("disk", "right"),
-        ("time", "right"),
-    ):
-        table.add_column(column, justify="right" if side == "right" else "left", overflow="fold")
-    for step in steps:
-        if step.kind is StepKind.join:
-            continue
-        needs = ", ".join(step.needs[:2]) + (f" + {len(step.needs) - 2}" if len(step.needs) > 2 else "")
-        table.add_row(
+    headings = ("step", "needs", "processes", "cores", "GPUs", "updates", "tokens", "FLOPs", "disk", "time")
+    rows = [
+        (
             step.name,
-            needs or "-",
-            str(step.num_processes),
-            str(step.num_cpus),
-            str(step.num_gpus),
+            _some(step.needs),
+            step.num_processes,
+            step.num_cpus,
+            step.num_gpus,
             f"{step.updates:,}" if step.updates else "",
-            human_count(step.tokens) if step.tokens else "",
-            human_count(step.flops) if step.flops else "",
-            human_count(step.disk_bytes, "B") if step.disk_bytes else "",
-            human_seconds(estimated_seconds(step)),
+            format_count(step.tokens) if step.tokens else "",
+            format_flops(step.flops) if step.flops else "",
+            format_bytes(step.disk_bytes) if step.disk_bytes else "",
+            format_duration(estimated_seconds(step)),
         )
-    return table
+        for step in steps
+        if step.kind is not StepKind.join
+    ]
+    return rows_table(headings, rows, title="plan")
+
+
+def _some(names: Sequence[str]) -> str:
+    return (", ".join(names[:2]) + (f" + {len(names) - 2}" if len(names) > 2 else "")) or "-"
 
 
 def _totals_table(steps: Sequence[Step], config: Config, given: PlanInput) -> Table:
-    table = Table(title="totals", title_justify="left", show_header=False)
     by_name = {step.name: step for step in steps}
-    seed = by_name.get("seed")
-    elms = [step for step in steps if step.name.startswith("elm/")]
-    rows = {
-        "parameters per model": human_count(given.size.num_parameters),
-        "groups of cores or GPUs": str(
-            config.launch.num_groups or given.machine.num_cpus // config.launch.cpus_per_elm
-        ),
+    elm_tokens = sum(step.tokens for step in steps if step.name.startswith("elm/"))
+    groups = config.launch.num_groups or given.machine.num_cpus // config.launch.cpus_per_elm
+    values: dict[str, object] = {
+        "parameters per model": format_count(given.size.num_parameters),
+        "ELMs at the same time": groups,
     }
-    if seed:
-        rows["tokens, seed + all ELMs"] = human_count(seed.tokens + sum(step.tokens for step in elms))
+    if seed := by_name.get("seed"):
+        values["tokens, seed + all ELMs"] = format_count(seed.tokens + elm_tokens)
         if dense := by_name.get("dense"):
-            rows["tokens, seed + dense"] = human_count(seed.tokens + dense.tokens)
-    rows["disk"] = human_count(sum(step.disk_bytes for step in steps), "B")
-    rows["FLOPs"] = human_count(sum(step.flops for step in steps))
-    rows["estimated time"] = human_seconds(makespan_seconds(steps, given.machine.num_cpus))
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+            values["tokens, seed + dense"] = format_count(seed.tokens + dense.tokens)
+    values["disk"] = format_bytes(sum(step.disk_bytes for step in steps))
+    values["FLOPs"] = format_flops(sum(step.flops for step in steps))
+    values["estimated time"] = format_duration(makespan_seconds(steps, given.machine.num_cpus))
+    return key_value_table(values, title="totals")

@@ -6,10 +6,9 @@ import platform
 import shutil
 from typing import Any
 
-from rich.table import Table
-
 from btm.config import Config
 from btm.session import console_for
+from btm.tables import rows_table
 from launch.resources import available_cores, available_gpus, available_memory_bytes
 
 _PACKAGES = {
@@ -30,14 +29,9 @@ def main(config: Config) -> None:
     if config.output_json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table(title="this machine", title_justify="left")
-    for column in ("what", "found", "used for"):
-        table.add_column(column, overflow="fold")
-    for row in facts["machine"]:
-        table.add_row(*row)
-    for name, version, purpose in facts["packages"]:
-        table.add_row(name, version or "missing", purpose)
-    console_for(config).print(table)
+    packages = [(name, version or "missing", purpose) for name, version, purpose in facts["packages"]]
+    rows = [*facts["machine"], *packages]
+    console_for(config).print(rows_table(("what", "found", "used for"), rows, title="this machine"))
 
 
 def collect() -> dict[str, Any]:

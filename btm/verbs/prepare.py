@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from rich.table import Table
-
 from btm.config import Config
 from btm.forest import Forest
 from btm.plan import plan_run
-from btm.plan_table import human_count
-from btm.records import PrepareResult
+from btm.records import DomainInfo, PrepareResult
 from btm.session import check_writable, console_for, domain_groups, execute, make_context, plan_input, store_config
+from btm.tables import format_count, rows_table
 
 
 def main(config: Config) -> None:
@@ -23,19 +21,19 @@ def main(config: Config) -> None:
         steps = plan_run(plan_input(config, domains, [*novel, *later]))[:1]
         execute(steps, make_context(config, domains, [*novel, *later]), console)
     result = PrepareResult.load(Path(config.forest) / "corpus" / "prepare.json")
-    table = Table(title=f"corpus of {config.forest}", title_justify="left")
-    table.add_column("domain")
-    for column in ("train tokens", "dev tokens", "test tokens", "documents", "duplicates", "broken"):
-        table.add_column(column, justify="right")
-    for name, info in result.domains.items():
-        splits = [info.splits.get(split) for split in ("train", "dev", "test")]
-        table.add_row(
-            name,
-            *(human_count(split.tokens) if split else "-" for split in splits),
-            f"{sum(split.documents for split in splits if split):,}",
-            f"{info.exact_duplicates + info.near_duplicates:,}",
-            f"{sum(info.broken.values()):,}",
-        )
-    console.print(table)
+    headings = ("domain", "train tokens", "dev tokens", "test tokens", "documents", "duplicates", "broken")
+    rows = [_row(info) for info in result.domains.values()]
+    console.print(rows_table(headings, rows, title=f"corpus of {config.forest}"))
     for warning in result.warnings:
         console.print(f"warning: {warning}", markup=False)
+
+
+def _row(info: DomainInfo) -> tuple[object, ...]:
+    splits = [info.splits.get(split) for split in ("train", "dev", "test")]
+    return (
+        info.domain,
+        *(format_count(split.tokens) if split else "-" for split in splits),
+        f"{sum(split.documents for split in splits if split):,}",
+        f"{info.exact_duplicates + info.near_duplicates:,}",
+        f"{sum(info.broken.values()):,}",
+    )

@@ -2,15 +2,14 @@
 
 import json
 from pathlib import Path
-
-from rich.table import Table
+from typing import Any
 
 from btm.config import Config
 from btm.errors import ForestError
 from btm.files import read_json
 from btm.metrics import MetricsTail, is_dev_row, latest_rows
-from btm.plan_table import human_count
 from btm.session import console_for
+from btm.tables import format_count, rows_table
 
 
 def main(config: Config) -> None:
@@ -27,25 +26,24 @@ def main(config: Config) -> None:
     if config.output_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(title=f"runs in {config.forest}", title_justify="left")
-    for column in ("run", "state", "updates", "tokens", "loss", "tokens/s"):
-        table.add_column(column, justify="left" if column in ("run", "state") else "right")
-    for row in rows:
-        loss, speed = row["loss"], row["tokens_per_s"]
-        table.add_row(
+    headings = ("run", "state", "updates", "tokens", "loss", "tokens/s")
+    cells = [
+        (
             row["run"],
             row["state"],
             f"{row['updates']:,} of {row['total_updates']:,}",
-            human_count(row["tokens"]),
-            f"{loss:.3f}" if loss is not None else "-",
-            human_count(speed) if speed is not None else "-",
+            format_count(row["tokens"]),
+            "-" if row["loss"] is None else f"{row['loss']:.3f}",
+            "-" if row["tokens_per_s"] is None else format_count(row["tokens_per_s"]),
         )
-    console_for(config).print(table)
+        for row in rows
+    ]
+    console_for(config).print(rows_table(headings, cells, title=f"runs in {config.forest}"))
 
 
-def _row(directory: Path, runs: Path) -> dict[str, object]:
+def _row(directory: Path, runs: Path) -> dict[str, Any]:
     spec = read_json(directory / "spec.json")
-    row: dict[str, object] = {"run": str(directory.relative_to(runs)), "updates": None}
+    row: dict[str, Any] = {"run": str(directory.relative_to(runs)), "updates": None}
     if "last_update" not in spec:
         return row
     rows = latest_rows(MetricsTail(directory / "metrics.jsonl").read())
