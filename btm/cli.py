@@ -80,8 +80,10 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
         except HydraException as error:
             problems.append(f"{argument!r} is not an override ({str(error).splitlines()[0]}); write key=value")
             continue
-        key = parsed.key_or_group
-        if key.startswith("hydra") or parsed.is_delete():
+        key = parsed.key_or_group or "="
+        if key == "=":
+            problems.append(f"{argument!r} is not an override; write key=value")
+        elif key.startswith("hydra") or parsed.is_delete():
             checked.append(argument)
         elif (_CONFIG_DIR / key).is_dir() and "." not in key:
             problems += _group_problems(key, parsed.value())

@@ -20,10 +20,11 @@ from btm.records import StoredModel
 from btm.step_specs import Context, build_spec
 from btm.steps import MODULES, is_finished, register
 from btm.tracking import Tracker
-from launch.log import end_of_log
+from launch.logs import end_of_log
 from launch.task import Executor, State, Status, Task
 
 _LOG_LINES = 15
+_SUBMITTED = ("queued", "running")
 
 
 class StoppedError(Exception):
@@ -36,7 +37,7 @@ class StepState:
 
     step: Step
     state: str = "waiting"
-    """waiting, running, restarting, done, failed or skipped."""
+    """waiting, queued, running, restarting, done, failed or skipped."""
     spec: StoredModel | None = None
     restarts: int = 0
     reason: str = ""
@@ -109,11 +110,14 @@ class Orchestrator:
             started = any([self._start(state, tracker) for state in self._states.values() if self._is_ready(state)])
         for name, status in self._executor.poll().items():
             state = self._states.get(name)
-            if state and state.state == "running" and status.is_final:
+            if not state or state.state not in _SUBMITTED:
+                continue
+            state.state = "queued" if status.state is State.queued else "running"
+            if status.is_final:
                 self._collect(state, status, tracker)
                 if after_step and state.state == "done":
                     after_step(state.step)
-        return any(state.state in ("waiting", "running", "restarting") for state in self._states.values())
+        return any(state.state in ("waiting", "restarting", *_SUBMITTED) for state in self._states.values())
 
     def _is_ready(self, state: StepState) -> bool:
         if state.state == "restarting":
@@ -143,7 +147,7 @@ class Orchestrator:
         self._executor.submit(task)
         if step.kind is StepKind.train:
             tracker.follow(step.name, self._metrics_path(step), config=_tracked_config(state.spec))
-        state.state = "running"
+        state.state = "queued"
         return False
 
     def _collect(self, state: StepState, status: Status, tracker: Tracker) -> None:
@@ -166,7 +170,7 @@ class Orchestrator:
 
     def _stop(self) -> None:
         """Let the workers write their checkpoints, then wait for their end."""
-        running = [name for name, state in self._states.items() if state.state == "running"]
+        running = [name for name, state in self._states.items() if state.state in _SUBMITTED]
         for name in running:
             self._executor.cancel(name, grace_s=30.0)
         deadline = time.monotonic() + 35.0
