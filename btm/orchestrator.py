@@ -16,7 +16,7 @@ from types import FrameType
 from btm.display import RunDisplay, TaskView
 from btm.errors import RunError
 from btm.plan import Step, StepKind
-from btm.records import StoredModel
+from btm.records import SpecModel
 from btm.step_specs import Context, build_spec
 from btm.steps import MODULES, is_finished, register
 from btm.tracking import Tracker
@@ -38,7 +38,7 @@ class StepState:
     step: Step
     state: str = "waiting"
     """waiting, queued, running, restarting, done, failed or skipped."""
-    spec: StoredModel | None = None
+    spec: SpecModel | None = None
     restarts: int = 0
     reason: str = ""
     was_there: bool = False
@@ -232,7 +232,7 @@ class Orchestrator:
                 signal.signal(number, handler)
 
 
-def make_task(step: Step, spec: StoredModel | None, context: Context) -> Task:
+def make_task(step: Step, spec: SpecModel | None, context: Context) -> Task:
     """Write the request of ``step`` and describe its processes."""
     directory = context.run_dir(step.name)
     directory.mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ def _is_final_failure(status: Status) -> bool:
     return status.exit_code in (1, 2)
 
 
-def _tracked_config(spec: StoredModel | None) -> dict[str, object]:
+def _tracked_config(spec: SpecModel | None) -> dict[str, object]:
     if spec is None:
         return {}
     return spec.model_dump(

@@ -5,7 +5,7 @@ and a changed one is never mistaken for it.
 """
 
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
@@ -22,8 +22,6 @@ from btm.config import (
 )
 from btm.errors import ForestError
 from btm.files import read_json, sha256_of_json, write_json
-
-Record = TypeVar("Record", bound="StoredModel")
 
 
 class StoredModel(Model):
@@ -51,6 +49,28 @@ class StoredModel(Model):
     def sha256(self) -> str:
         """Hash of the content, independent of key order."""
         return sha256_of_json(self.model_dump(mode="json", by_alias=True))
+
+
+class SpecModel(StoredModel):
+    """A request for a worker; its hash does not depend on where the forest lies, so that a forest can be moved."""
+
+    root: str = ""
+    """Directory of the forest."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content with paths relative to ``root``."""
+        return sha256_of_json(_relative(self.model_dump(mode="json", by_alias=True, exclude={"root"}), self.root))
+
+
+def _relative(value: Any, root: str) -> Any:
+    if isinstance(value, str) and root and value.startswith(root):
+        return "<forest>" + value.removeprefix(root)
+    if isinstance(value, dict):
+        return {key: _relative(item, root) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_relative(item, root) for item in value]
+    return value
 
 
 class Ledger(Model):
@@ -118,7 +138,7 @@ class Start(Model):
     """Of what made the parent, so that a changed parent is noticed."""
 
 
-class TrainSpec(StoredModel):
+class TrainSpec(SpecModel):
     """One training task: updates ``first_update`` (exclusive) to ``last_update`` of a schedule of ``total_updates``."""
 
     name: str
@@ -170,7 +190,7 @@ class ScoreSource(Model):
     max_documents: int | None = None
 
 
-class ScoreSpec(StoredModel):
+class ScoreSpec(SpecModel):
     """Ask for the log-probability of every token of some splits under one model.
 
     Each ``<key>.npz`` holds ``logp`` (float32, nats, all scored documents one after the other), ``document_starts``
@@ -195,7 +215,7 @@ class StepResult(StoredModel):
     seconds: float = 0.0
 
 
-class PrepareSpec(StoredModel):
+class PrepareSpec(SpecModel):
     """Turn text into token shards: ``<output_dir>/<domain>/{train,dev,test}.{bin,idx}``."""
 
     output_dir: str
@@ -230,7 +250,7 @@ class MergeInput(Model):
     """Scores on ``dev-<domain>``; needed by ``posterior``."""
 
 
-class MergeSpec(StoredModel):
+class MergeSpec(SpecModel):
     """Average some models of one architecture into a Hugging Face directory."""
 
     name: str
@@ -258,7 +278,7 @@ class MergeResult(StoredModel):
     seconds: float
 
 
-class EvaluateSpec(StoredModel):
+class EvaluateSpec(SpecModel):
     """Turn scores into perplexities, ensembles, intervals and posteriors."""
 
     domains: list[str]

@@ -19,8 +19,8 @@ from btm.records import (
     PrepareSpec,
     ScoreSource,
     ScoreSpec,
+    SpecModel,
     Start,
-    StoredModel,
     TokenSource,
     TrainResult,
     TrainSpec,
@@ -61,9 +61,9 @@ class Context:
         return DomainInfo.load(self.forest_dir / "corpus" / domain / "corpus.json")
 
 
-def build_spec(step: Step, context: Context) -> StoredModel | None:
+def build_spec(step: Step, context: Context) -> SpecModel | None:
     """Request for the worker of ``step``; None for steps that take the forest directory alone."""
-    builders: dict[StepKind, Callable[[Step, Context], StoredModel]] = {
+    builders: dict[StepKind, Callable[[Step, Context], SpecModel]] = {
         StepKind.prepare: _prepare_spec,
         StepKind.train: _train_spec,
         StepKind.score: _score_spec,
@@ -84,6 +84,7 @@ def _prepare_spec(step: Step, context: Context) -> PrepareSpec:
             update={"domains": later, "novel": {}, "add_later": {}, "path": None, "local_text": not later}
         )
     return PrepareSpec(
+        root=str(context.forest_dir),
         output_dir=str(context.forest_dir / "corpus"),
         tokenizer_dir=str(context.forest_dir / "tokenizer"),
         pretrained_dir=context.config.tokenizer.path or context.config.model.path,
@@ -113,6 +114,7 @@ def _train_spec(step: Step, context: Context) -> TrainSpec:
     elif start.kind == "weights":
         first, last, total = 0, updates.elm, max(1, updates.elm)
     return TrainSpec(
+        root=str(context.forest_dir),
         name=step.name,
         output_dir=str(context.run_dir(step.name)),
         start=start,
@@ -212,6 +214,7 @@ def _score_spec(step: Step, context: Context) -> ScoreSpec:
         result = TrainResult.load(context.run_dir(name) / "result.json")
         model_dir, sha256 = Path(result.model_dir), result.spec_sha256
     return ScoreSpec(
+        root=str(context.forest_dir),
         name=name,
         model_dir=str(model_dir),
         model_sha256=sha256,
@@ -237,6 +240,7 @@ def _merge_spec(step: Step, context: Context) -> MergeSpec:
         output = context.forest_dir / "averages" / step.name.removeprefix("average/")
         score_dirs = {elm: str(scores / "elm" / elm) for elm in forest.domains}
     return MergeSpec(
+        root=str(context.forest_dir),
         name=step.name,
         method=MergeMethodName(method),
         models=[
@@ -263,6 +267,7 @@ def _evaluate_spec(step: Step, context: Context) -> EvaluateSpec:
     rows.append("average/uniform")
     random = random_split_names(context.domains) if config.baselines.random_split else []
     return EvaluateSpec(
+        root=str(context.forest_dir),
         domains=context.domains,
         novel_domains=context.novel,
         models={row: str(scores / row) for row in rows},

@@ -16,7 +16,7 @@ from btm.records import (
     PrepareResult,
     PrepareSpec,
     ScoreSpec,
-    StoredModel,
+    SpecModel,
     TrainResult,
     TrainSpec,
 )
@@ -33,7 +33,7 @@ MODULES = {
 """Kind of step -> module that runs it as ``python -m <module> <spec.json>``; ``join`` is done by the driver."""
 
 
-def is_finished(step: Step, spec: StoredModel | None, context: Context) -> bool:
+def is_finished(step: Step, spec: SpecModel | None, context: Context) -> bool:
     """Whether the result of ``step`` is there and answers exactly ``spec``."""
     if step.kind is StepKind.join:
         return step.name.removeprefix("join/") in context.forest().domains
@@ -96,7 +96,7 @@ def _parents(domain: str, context: Context) -> list[Parent]:
     return [Parent(name=name, weight=weight) for name, weight in weights.items() if weight > 0]
 
 
-def _result_path(step: Step, spec: StoredModel) -> Path:
+def _result_path(step: Step, spec: SpecModel) -> Path:
     if isinstance(spec, PrepareSpec):
         return Path(spec.output_dir) / "prepare.json"
     if isinstance(spec, MergeSpec):

@@ -62,6 +62,7 @@ def merge_spec(config: Config, forest: Forest) -> MergeSpec:
     scores = forest.path / "scores" / "elm"
     context = make_context(config, [], [])
     return MergeSpec(
+        root=str(forest.path),
         name=f"merged/{name}",
         method=merge.method,
         models=[
