@@ -5,7 +5,7 @@ second at a hundred tasks costs a hundred ``stat`` calls. A log that is not a te
 with many tasks, fewer than one progress line per third of the interval.
 """
 
-import sys
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -100,8 +100,7 @@ class RunDisplay:
         log_interval_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        # isatty alone decides: FORCE_COLOR in a batch job must not bring control characters into its log.
-        self._console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
+        self._console = console or Console(stderr=True)
         self._log_interval_s = log_interval_s
         self._clock = clock
         self._tails: dict[tuple[str, Path], MetricsTail] = {}
@@ -113,7 +112,7 @@ class RunDisplay:
         self._next_frame = 0.0
 
     def __enter__(self) -> "RunDisplay":
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        if _is_live(self._console):
             live = Live(console=self._console, auto_refresh=False, redirect_stdout=False)
             live.start()
             self._live = live
@@ -219,6 +218,13 @@ class RunDisplay:
             format_count(progress.tokens_per_s) if running and progress.tokens_per_s is not None else "",
             format_duration(progress.seconds_left) if running and progress.seconds_left is not None else "",
         ]
+
+
+def _is_live(console: Console) -> bool:
+    # FORCE_COLOR makes rich call a file a terminal; a batch log must stay plain all the same.
+    if os.environ.get("FORCE_COLOR") and not console.file.isatty():
+        return False
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _bar(view: TaskView, progress: Progress) -> RenderableType:

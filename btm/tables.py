@@ -79,6 +79,13 @@ def mean_perplexity(scores: ModelScores, domains: Sequence[str]) -> float | None
     return sum(scores.domains[domain].perplexity for domain in domains) / len(domains)
 
 
+def domain_label(evaluation: Evaluation, domain: str) -> str:
+    """Name of a domain, marked ``(novel)`` when no model trained on it, ``(added)`` when its ELM joined later."""
+    if domain not in evaluation.novel_domains:
+        return plain(domain)
+    return f"{plain(domain)} (added)" if f"elm/{domain}" in evaluation.models else f"{plain(domain)} (novel)"
+
+
 class EvaluationTable:
     """Perplexity of every model on every domain with its cost; becomes several tables where the width asks for it."""
 
@@ -101,7 +108,7 @@ class EvaluationTable:
             yield self._table([], label, width, with_ledger=True)
         context = f"context {self.evaluation.sequence_length} tokens"
         yield Text(f"Perplexity per token on test documents, {context}; lower is better, * is best.")
-        yield Text(f"mean: over {len(self.evaluation.domains)} domains, novel ones left out.")
+        yield Text(f"mean: over {len(self.evaluation.domains)} domains, novel and added ones left out.")
         if self.intervals:
             yield Text("Intervals: 95 %, bootstrap over documents.")
         yield from (Text(f"{plain(name)}: {plain(scores.note)}") for name, scores in models.items() if scores.note)
@@ -262,7 +269,7 @@ def _column_width(num_columns: int, room: int, *, intervals: bool) -> int:
 def _heading(domain: str | None, evaluation: Evaluation, width: int) -> Text:
     if domain is None:
         return Text("mean", style="bold italic")
-    name = plain(domain) + (" (novel)" if domain in evaluation.novel_domains else "")
+    name = domain_label(evaluation, domain)
     return Text("\n".join(textwrap.wrap(name, width, break_on_hyphens=True)))
 
 

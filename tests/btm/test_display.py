@@ -71,19 +71,20 @@ def test_a_log_never_holds_control_characters_or_markup(tmp_path: Path, monkeypa
     monkeypatch.setenv("FORCE_COLOR", "1")
     log = tmp_path / "log.txt"
     script = (
-        "import sys; from pathlib import Path; from btm.display import RunDisplay, TaskView\n"
-        "with RunDisplay(log_interval_s=0) as display:\n"
+        "import sys; from rich.console import Console; from btm.display import RunDisplay, TaskView\n"
+        "with RunDisplay(Console(stderr=True) if sys.argv[1:] else None, log_interval_s=0) as display:\n"
         "    for state in ('waiting', 'running', 'running', 'failed'):\n"
         "        display.update([TaskView('x[bold]\\x1b[31m\\r', state, None, None, None, 'why\\x07\\nnext')])\n"
         "    display.log('[red]one[/red]\\r\\nt\\x1b[2Jwo')\n"
     )
-    with open(log, "wb") as file:
-        subprocess.run([sys.executable, "-c", script], stderr=file, check=True, timeout=60)
-    text = log.read_text()
-    assert not CONTROL.search(text)
-    assert "[red]one[/red]\nt\\x1b[2Jwo\n" in text
-    assert text.count("x[bold]\\x1b[31m\\r: running") == 2
-    assert "why\\x07\\nnext" in text
+    for arguments in ([], ["own console"]):
+        with open(log, "wb") as file:
+            subprocess.run([sys.executable, "-c", script, *arguments], stderr=file, check=True, timeout=60)
+        text = log.read_text()
+        assert not CONTROL.search(text)
+        assert "[red]one[/red]\nt\\x1b[2Jwo\n" in text
+        assert text.count("x[bold]\\x1b[31m\\r: running") == 2
+        assert "why\\x07\\nnext" in text
 
 
 def test_a_task_without_metrics_or_with_a_torn_file_is_shown(tmp_path: Path) -> None:
