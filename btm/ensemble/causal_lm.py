@@ -6,26 +6,26 @@ the logits of one ELM and one piece are the largest temporary; nothing has the s
 """
 
 import copy
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from btm.config import EnsembleConfig, PosteriorMode
+from btm.config import PosteriorMode
 from btm.ensemble.cache import EnsembleCache
+from btm.ensemble.members import EnsembleMembers
 from btm.ensemble.mixing import Mixture, Reading
-from btm.ensemble.posterior import keep_top_k, log_joint, log_prior_of
+from btm.ensemble.posterior import keep_top_k, log_joint
 from btm.errors import EnsembleError
 
 PIECE_TOKENS = 256
 """Positions of a prompt that one forward pass of one ELM reads."""
 
 
-class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
+class EnsembleForCausalLM(EnsembleMembers, GenerationMixin):
     """Mixture of ELMs by their domain posterior, for inference.
 
     The posterior sees the tokens of ``input_ids`` (padding excluded) but the first of each row, which no ELM predicts:
@@ -36,43 +36,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     ELMs read the prompt, then each sequence goes on with the ``top_k`` of largest posterior after its prompt (without
     a KV cache: of each position). Weights are renormalised; ties go to the ELM that comes first.
     """
-
-    supports_gradient_checkpointing = False
-    _supports_sdpa = True
-    _supports_flash_attn = True
-
-    def __init__(
-        self,
-        models: Sequence[PreTrainedModel],
-        *,
-        names: Sequence[str] | None = None,
-        prior: dict[str, float] | None = None,
-        ensemble: EnsembleConfig | None = None,
-    ) -> None:
-        """Join ``models``, which must share one vocabulary.
-
-        Args:
-            models: The ELMs, on one device.
-            names: Their names, for ``prior``; by default their positions.
-            prior: Name -> weight; None is uniform.
-            ensemble: How to mix.
-
-        Raises:
-            EnsembleError: If there are no models, vocabularies differ, names repeat, or the prior does not fit.
-        """
-        names = list(names) if names is not None else [str(position) for position in range(len(models))]
-        _check(models, names)
-        ensemble = ensemble or EnsembleConfig.model_validate({})
-        log_prior = log_prior_of(prior, names)
-        chosen = choose_by_prior(log_prior, ensemble)
-        super().__init__(copy.deepcopy(models[0].config))
-        self.generation_config = copy.deepcopy(models[0].generation_config)
-        self.ensemble = ensemble
-        self.names = [names[index] for index in chosen]
-        self.elms = torch.nn.ModuleList(models[index] for index in chosen).eval()
-        self._takes_positions = ["position_ids" in inspect.signature(elm.forward).parameters for elm in self.elms]
-        # Not a buffer: `.to(dtype)` would round it.
-        self._log_prior = torch.log_softmax(log_prior[chosen], 0)
 
     @torch.no_grad()
     def forward(
@@ -132,13 +95,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         state = EnsembleCache([elm.config for elm in self._members()], batch_size, device)
         state.selected = self._top_k == len(self.elms)
         return state
-
-    def _members(self) -> list[PreTrainedModel]:
-        return [elm for elm in self.elms if isinstance(elm, PreTrainedModel)]
-
-    @property
-    def _top_k(self) -> int:
-        return min(self.ensemble.top_k or len(self.elms), len(self.elms))
 
     def _mix_next(self, reading: Reading) -> Tensor:
         """Let every active ELM read; mixture of the last position, ``(B, V)``."""
@@ -226,15 +182,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return prior
 
 
-def choose_by_prior(log_prior: Tensor, ensemble: EnsembleConfig) -> list[int]:
-    """Positions of the ELMs that an ensemble needs in memory, ascending: see :class:`EnsembleForCausalLM`."""
-    uniform = bool((log_prior == log_prior[0]).all())
-    top_k = ensemble.top_k or len(log_prior)
-    if top_k < len(log_prior) and (not uniform or ensemble.posterior is PosteriorMode.fixed):
-        log_prior = keep_top_k(log_prior, top_k)
-    return (log_prior > -torch.inf).nonzero().squeeze(1).tolist()
-
-
 def _equal_weights(log_prior: Tensor) -> Tensor:
     return torch.where(log_prior.isneginf(), log_prior, torch.zeros_like(log_prior))
 
@@ -243,16 +190,3 @@ def _loss(logp: Tensor, labels: Tensor) -> Tensor:
     targets = labels[:, 1:].to(logp.device)
     nats = -logp[:, :-1].gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
     return nats[targets != -100].mean()
-
-
-def _check(models: Sequence[PreTrainedModel], names: Sequence[str]) -> None:
-    if not models:
-        raise EnsembleError("an ensemble needs at least one model, got none")
-    if len(names) != len(models) or len(set(names)) != len(names):
-        raise EnsembleError(f"an ensemble needs one distinct name per model, got {list(names)} for {len(models)}")
-    sizes = {name: model.config.vocab_size for name, model in zip(names, models, strict=True)}
-    for name, size in sizes.items():
-        if size != sizes[names[0]]:
-            raise EnsembleError(
-                f"all ELMs must share one vocabulary: {names[0]!r} has {sizes[names[0]]} entries, {name!r} has {size}"
-            )

@@ -1,13 +1,28 @@
 """Log-probability of every token of some documents under one model: all that perplexity needs of an ELM."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from btm.corpus.windows import Windows
-from btm.model.loss import token_losses
+from btm.model.loss import IGNORED, token_losses
 
-_IGNORED = -100
+
+class TokenDocuments:
+    """Documents in memory with what :func:`btm.corpus.windows.document_windows` reads of a token shard.
+
+    Attributes:
+        tokens: Ids of all documents one after the other, int64 ``(tokens,)``.
+        lengths: Tokens of each document, int64 ``(documents,)``.
+        bytes: 0 for each document: nobody counted them.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[int]]) -> None:
+        self.lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        self.tokens = np.fromiter((token for document in documents for token in document), dtype=np.int64)
+        self.bytes = np.zeros(len(documents), dtype=np.int64)
 
 
 def token_log_likelihoods(model: PreTrainedModel, windows: Windows, *, batch_sequences: int) -> np.ndarray:
@@ -24,14 +39,12 @@ def token_log_likelihoods(model: PreTrainedModel, windows: Windows, *, batch_seq
     Returns:
         Log-probabilities in nats, float32, all documents' tokens one after the other: ``(tokens,)``.
     """
-    counted = np.asarray(windows.targets) != _IGNORED
-    lengths = counted.sum(1)
-    logp = np.zeros(counted.shape, dtype=np.float32)
-    order = np.argsort(-lengths, kind="stable")
+    logp = np.zeros(windows.targets.shape, dtype=np.float32)
+    order = np.argsort(-windows.lengths, kind="stable")
     for start in range(0, len(order), batch_sequences):
         chosen = order[start : start + batch_sequences]
-        width = int(lengths[chosen].max(initial=0))
+        width = int(windows.lengths[chosen].max())
         inputs = torch.from_numpy(np.ascontiguousarray(windows.inputs[chosen, :width])).to(model.device)
         targets = torch.from_numpy(np.ascontiguousarray(windows.targets[chosen, :width])).to(model.device)
         logp[chosen, :width] = -token_losses(model, inputs, targets).cpu().numpy()
-    return logp[counted]
+    return logp[windows.targets != IGNORED]

@@ -101,18 +101,16 @@ def _score_split(model: "PreTrainedModel", spec: ScoreSpec, source: ScoreSource)
     from btm.corpus.windows import document_windows
     from btm.ensemble.likelihood import token_log_likelihoods
 
-    shard = TokenShard(source.prefix)
     windows = document_windows(
-        shard,
+        TokenShard(source.prefix),
         sequence_length=spec.sequence_length,
         eos_id=model.config.eos_token_id,
         max_tokens=source.max_tokens,
         max_documents=source.max_documents,
     )
-    starts = np.asarray(windows.document_starts, dtype=np.int64)
-    sizes = np.array([shard.document_bytes(index) for index in range(len(starts) - 1)], dtype=np.int64)
     logp = token_log_likelihoods(model, windows, batch_sequences=spec.batch_sequences)
-    _write(_path(spec, source), Scores(logp, starts, sizes), _request(spec, source))
+    scores = Scores(logp, windows.document_starts, windows.document_bytes)
+    _write(_path(spec, source), scores, _request(spec, source))
 
 
 def _write(path: Path, scores: Scores, request: str) -> None:
