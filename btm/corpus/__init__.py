@@ -1,0 +1,1 @@
+"""From text to training batches: readers, de-duplication, tokenizer, token shards, sampler."""
