@@ -6,7 +6,8 @@ the logits of one ELM and one piece are the largest temporary; nothing has the s
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from btm.config import PosteriorMode
+from btm.config import EnsembleConfig, PosteriorMode
+from btm.corpus.tokenizer import load_tokenizer
 from btm.ensemble.cache import EnsembleCache
-from btm.ensemble.members import EnsembleMembers
+from btm.ensemble.members import EnsembleMembers, choose_by_prior
 from btm.ensemble.mixing import Mixture, Reading
-from btm.ensemble.posterior import keep_top_k, log_joint
+from btm.ensemble.posterior import keep_top_k, log_joint, log_prior_of
 from btm.errors import EnsembleError
+from btm.files import read_json
+from btm.model.causal_lm import load_model
 
 PIECE_TOKENS = 256
 """Positions of a prompt that one forward pass of one ELM reads."""
@@ -80,6 +84,19 @@ class EnsembleForCausalLM(EnsembleMembers, GenerationMixin):
             logits=logits,  # pyright: ignore[reportArgumentType]
             past_key_values=None if use_cache is False else state,
         )
+
+    def continue_text(self, text: str, *, max_new_tokens: int, **options: Any) -> str:
+        """Continue ``text`` as the beginning of a document; ``options`` go to ``generate`` (greedy by default).
+
+        Raises:
+            EnsembleError: If there is no tokenizer.
+        """
+        tokenizer = self.text_tokenizer
+        prompt = [self.eos_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        input_ids = torch.tensor([prompt], device=self.device)
+        defaults = {"do_sample": False, "attention_mask": torch.ones_like(input_ids), "pad_token_id": self.eos_id}
+        output = self.generate(input_ids, max_new_tokens=max_new_tokens, **defaults | options)
+        return str(tokenizer.decode(output[0, 1:].tolist(), skip_special_tokens=True))
 
     def posterior(self, state: EnsembleCache) -> Tensor:
         """Weights of the ELMs for the token after ``state``: ``(E, B)``, float64, in the order of ``names``."""
@@ -182,6 +199,48 @@ class EnsembleForCausalLM(EnsembleMembers, GenerationMixin):
         return prior
 
 
+def load_ensemble(
+    directories: Sequence[tuple[str, Path | str]],
+    *,
+    config: EnsembleConfig,
+    prior: dict[str, float] | None = None,
+    sequence_length: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> EnsembleForCausalLM:
+    """Load ELMs and join them into one causal LM, on the CPU.
+
+    Args:
+        directories: Name and directory of each ELM, in manifest order; the first directory's tokenizer is attached.
+        config: How to mix. With ``top_k`` and a prior that is not uniform only those ELMs are loaded.
+        prior: ELM -> weight, for instance a cached prior from ``evaluation.json``; None is uniform.
+        sequence_length: Window of :meth:`EnsembleForCausalLM.perplexity`; None is the models' longest.
+        dtype: Type of the weights in memory; None is the type that the first directory stores.
+
+    Returns:
+        The ensemble, in evaluation mode; move it with ``.to(device)``.
+
+    Raises:
+        EnsembleError: If there are no directories, vocabularies differ, or the prior does not fit the names.
+        CheckpointError: If a directory cannot be loaded.
+    """
+    if not directories:
+        raise EnsembleError("an ensemble needs at least one ELM, got none; `btm run` trains some")
+    names = [name for name, _ in directories]
+    chosen = choose_by_prior(log_prior_of(prior, names), config)
+    dtype = dtype or _stored_dtype(Path(directories[0][1]))
+    ensemble = EnsembleForCausalLM(
+        [load_model(directories[index][1], dtype) for index in chosen],
+        names=[names[index] for index in chosen],
+        prior=None if prior is None else {names[index]: prior.get(names[index], 0.0) for index in chosen},
+        ensemble=config,
+        sequence_length=sequence_length,
+    )
+    folder = Path(directories[0][1])
+    if (folder / "tokenizer.json").is_file():
+        ensemble.tokenizer = load_tokenizer(folder)
+    return ensemble
+
+
 def _equal_weights(log_prior: Tensor) -> Tensor:
     return torch.where(log_prior.isneginf(), log_prior, torch.zeros_like(log_prior))
 
@@ -190,3 +249,9 @@ def _loss(logp: Tensor, labels: Tensor) -> Tensor:
     targets = labels[:, 1:].to(logp.device)
     nats = -logp[:, :-1].gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
     return nats[targets != -100].mean()
+
+
+def _stored_dtype(directory: Path) -> torch.dtype:
+    config = read_json(directory / "config.json")
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btm.config import EnsembleConfig
-from btm.ensemble.causal_lm import EnsembleForCausalLM
-from btm.ensemble.loading import load_ensemble
+from btm.ensemble.causal_lm import EnsembleForCausalLM, load_ensemble
 from btm.errors import EnsembleError
 from btm.files import write_atomic
 from btm.forest import Forest

@@ -80,7 +80,7 @@ class EnsembleMembers(PreTrainedModel):
         Raises:
             EnsembleError: If there is nothing to score, or texts are given and there is no tokenizer.
         """
-        logp = self.document_log_likelihoods(self._tokens(documents), batch_sequences=batch_sequences)
+        logp = self.document_log_likelihoods(list(map(self._tokens, documents)), batch_sequences=batch_sequences)
         if not sum(map(len, logp)):
             raise EnsembleError("perplexity needs at least one token, got none")
         return math.exp(-float(torch.cat(logp).mean()))
@@ -97,7 +97,7 @@ class EnsembleMembers(PreTrainedModel):
         windows = document_windows(
             shard,  # pyright: ignore[reportArgumentType]
             sequence_length=self.sequence_length,
-            eos_id=self._eos_id,
+            eos_id=self.eos_id,
         )
         scores = [token_log_likelihoods(elm, windows, batch_sequences=batch_sequences) for elm in self._members()]
         updating = UpdatingPrior(len(scores), mode=settings.posterior, temper=settings.temper)
@@ -110,19 +110,26 @@ class EnsembleMembers(PreTrainedModel):
         return result
 
     @property
-    def _eos_id(self) -> int:
+    def eos_id(self) -> int:
+        """The end-of-text token, with which every document begins and ends."""
         eos = self.config.eos_token_id
         return eos[0] if isinstance(eos, list) else eos
 
-    def _tokens(self, documents: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
-        if self.tokenizer is None and any(isinstance(document, str) for document in documents):
+    @property
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            EnsembleError: If there is none.
+        """
+        if self.tokenizer is None:
             raise EnsembleError("texts need a tokenizer: set `ensemble.tokenizer`, or give token ids")
-        return [
-            [*self.tokenizer(document)["input_ids"], self._eos_id]
-            if self.tokenizer and isinstance(document, str)
-            else [int(token) for token in document]
-            for document in documents
-        ]
+        return self.tokenizer
+
+    def _tokens(self, document: str | Sequence[int]) -> Sequence[int]:
+        if not isinstance(document, str):
+            return document
+        return [*self.text_tokenizer(document, add_special_tokens=False)["input_ids"], self.eos_id]
 
     def _members(self) -> list[PreTrainedModel]:
         return [elm for elm in self.elms if isinstance(elm, PreTrainedModel)]
