@@ -2,15 +2,12 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launch.process import MessageBuffer, ProcessSpec, added_import_path, encode
@@ -49,7 +46,6 @@ class ForkServer:
     """
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
-        self.scratch_dir = Path(tempfile.mkdtemp(prefix="launch-"))
         self.failures: dict[str, str] = {}
         self.num_threads = 0
         self.is_ready = False
@@ -60,7 +56,7 @@ class ForkServer:
         self._buffer = MessageBuffer()
         self._channel, theirs = socket.socketpair()
         self._channel.setblocking(False)
-        arguments = [str(theirs.fileno()), str(os.getpid()), str(self.scratch_dir), *preload]
+        arguments = [str(theirs.fileno()), str(os.getpid()), *preload]
         with theirs:
             self._server = subprocess.Popen(
                 [sys.executable, "-P", "-m", "launch.forkserver", *arguments],
@@ -121,7 +117,6 @@ class ForkServer:
             self._server.kill()
             self._server.wait()
         self._lose_server()
-        shutil.rmtree(self.scratch_dir, ignore_errors=True)
 
     def _send(self, message: Mapping[str, Any]) -> None:
         self._outbox += encode(message)

@@ -16,7 +16,6 @@ import importlib
 import os
 import runpy
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -25,7 +24,14 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from launch.process import MessageBuffer, ProcessSpec, added_import_path, encode, interpreter_command
+from launch.process import (
+    RENDEZVOUS_VARIABLE,
+    MessageBuffer,
+    ProcessSpec,
+    added_import_path,
+    encode,
+    interpreter_command,
+)
 
 _PR_SET_PDEATHSIG = 1
 _HEARTBEAT_S = 0.5
@@ -45,6 +51,7 @@ class Server:
         self._parent_pid = parent_pid
         self._buffer = MessageBuffer()
         self._children: dict[int, int] = {}
+        self._files: set[str] = set()
         self._can_fork = True
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._wakeup_read, self._wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -96,6 +103,7 @@ class Server:
             return dataclasses.replace(spec, is_forked=spec.is_forked and self._can_fork)
         os.close(log)
         self._children[pid] = identity
+        self._files.add(spec.env[RENDEZVOUS_VARIABLE])
         self._send({"id": identity, "pid": pid})
         return None
 
@@ -154,6 +162,9 @@ class Server:
                 self._children.pop(pid, None)
                 if pid == 0:
                     time.sleep(0.01)
+        for path in self._files:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     def _send(self, message: dict[str, Any]) -> None:
         self._channel.sendall(encode(message))
@@ -217,19 +228,16 @@ def main(arguments: Sequence[str]) -> None:
     """Run the server, and every child that it forks.
 
     Args:
-        arguments: File descriptor of the channel, process id of the client, a folder that is removed at the end, and
-            the modules to preload.
+        arguments: File descriptor of the channel, process id of the client, and the modules to preload.
     """
-    descriptor, parent_pid, scratch_dir, *modules = arguments
+    descriptor, parent_pid, *modules = arguments
     server = Server(socket.socket(fileno=int(descriptor)), int(parent_pid))
     failures = preload(modules)
     spec: ProcessSpec | None = None
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         server.announce(failures)
         spec = server.serve()
-    if spec is None:
-        shutil.rmtree(scratch_dir, ignore_errors=True)
-    else:
+    if spec is not None:
         # With the server's frames gone, exit codes, tracebacks and atexit work as in any interpreter.
         run_child(spec)
 

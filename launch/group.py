@@ -2,14 +2,14 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from launch.fork_client import ForkServer, Process
 from launch.process import process_specs
-from launch.resources import Allocation
+from launch.resources import Allocation, private_dir
 from launch.task import State, Status, Task
 
 
@@ -23,7 +23,6 @@ class Group:
         allocation: Cores and GPUs of the group.
         server: Starts the processes.
         env: Environment that the task's variables are added to.
-        attempt: Number that no other group of ``server`` has; names the rendezvous file.
         grace_s: Seconds between TERM and KILL after a failure.
     """
 
@@ -34,7 +33,6 @@ class Group:
         server: ForkServer,
         *,
         env: Mapping[str, str],
-        attempt: int,
         grace_s: float = 10.0,
     ) -> None:
         self.allocation = allocation
@@ -44,7 +42,7 @@ class Group:
         self._is_cancelled = False
         self._kill_time: float | None = None
         self._is_killed = False
-        self._rendezvous = Path(server.scratch_dir) / f"rendezvous-{attempt}"
+        self._rendezvous = private_dir() / f"rendezvous-{secrets.token_hex(8)}"
         specs = process_specs(task, allocation, env=env, working_dir=os.getcwd(), rendezvous_file=str(self._rendezvous))
         self.processes: list[Process] = [server.start(spec) for spec in specs]
 

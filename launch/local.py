@@ -56,7 +56,6 @@ class LocalExecutor:
         self._queue: deque[Task] = deque()
         self._groups: dict[str, Group] = {}
         self._statuses: dict[str, Status] = {}
-        self._num_attempts = 0
         self._is_closed = False
 
     def __enter__(self) -> Self:
@@ -135,13 +134,11 @@ class LocalExecutor:
             if allocation is None:
                 return
             self._queue.popleft()
-            self._num_attempts += 1
             self._groups[task.name] = Group(
                 task,
                 allocation,
                 self._living_server(),
                 env=os.environ,
-                attempt=self._num_attempts,
                 grace_s=self._grace_s,
             )
             self._statuses[task.name] = Status(name=task.name, state=State.running)

@@ -16,6 +16,7 @@ from typing import Any, Self
 from launch.resources import Allocation
 from launch.task import Task
 
+RENDEZVOUS_VARIABLE = "RENDEZVOUS_FILE"
 _THREAD_VARIABLE = "OMP_NUM_THREADS"
 # Read once, when an interpreter or a library is loaded: a fork of a running interpreter would ignore a new value.
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_", "TORCH_", "ATEN_")
@@ -95,7 +96,7 @@ def rank_environment(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(task.num_processes),
         "LOCAL_WORLD_SIZE": str(task.num_processes),
-        "RENDEZVOUS_FILE": rendezvous_file,
+        RENDEZVOUS_VARIABLE: rendezvous_file,
     }
 
 
@@ -117,7 +118,7 @@ def added_import_path(paths: Sequence[str]) -> str:
     stdlib = sysconfig.get_path("stdlib")
     own = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")}
     own.add(os.path.join(os.path.dirname(stdlib), f"python{sys.version_info.major}{sys.version_info.minor}.zip"))
-    added = [os.path.abspath(path) for path in paths if os.pathsep not in path]
+    added = [os.path.abspath(path) for path in paths if os.pathsep not in path and os.path.exists(path)]
     return os.pathsep.join(path for path in added if path not in own and not path.startswith(stdlib + os.sep))
 
 

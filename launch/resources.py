@@ -81,6 +81,19 @@ class Allocation:
     gpus: tuple[str, ...] = ()
 
 
+def private_dir() -> Path:
+    """Directory for small temporary files that only this user can enter; the same one for all its processes."""
+    directory = Path(tempfile.gettempdir()) / f"launch-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    status = directory.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
+        directory.chmod(0o700)
+        return directory
+    # Somebody else has taken the name.
+    return Path(tempfile.mkdtemp(prefix="launch-"))
+
+
 class CoreLeases:
     """Advisory claims on cores among all processes of this user on this machine.
 
@@ -88,22 +101,20 @@ class CoreLeases:
     per core lets the second one see that it is taken. The kernel drops the claims of a process that dies.
 
     Args:
-        directory: Where the lock files are; None is a private folder of this user under the temporary directory.
+        directory: Where the lock files are; None is :func:`private_dir`.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory or Path(tempfile.gettempdir()) / f"launch-cores-{os.getuid()}"
+        self._directory = directory or private_dir()
         self._held: dict[int, int] = {}
 
     def take(self, candidates: Sequence[int], count: int) -> tuple[int, ...]:
         """Claim ``count`` of ``candidates``: first those that nobody claims, then, when too few are left, any."""
-        usable = self._is_usable()
-        chosen = [core for core in candidates if core not in self._held]
         claimed: list[int] = []
-        for core in chosen:
+        for core in candidates:
             if len(claimed) == count:
                 break
-            if usable and self._lock(core):
+            if core not in self._held and self._lock(core):
                 claimed.append(core)
         rest = [core for core in candidates if core not in claimed]
         return tuple(sorted([*claimed, *rest[: count - len(claimed)]]))
@@ -114,13 +125,6 @@ class CoreLeases:
             descriptor = self._held.pop(core, None)
             if descriptor is not None:
                 os.close(descriptor)
-
-    def _is_usable(self) -> bool:
-        with contextlib.suppress(OSError):
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = self._directory.lstat()
-            return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-        return False
 
     def _lock(self, core: int) -> bool:
         try:
