@@ -70,6 +70,13 @@ def load_scores(directory: Path | str, key: str) -> Scores:
     return _read(Path(directory) / f"{key}.npz")[0]
 
 
+def save_scores(path: Path, scores: Scores, request: str) -> None:
+    """Write a score file in one step, without pickle; ``request`` is the hash of what it answers."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, request=np.array(request), **scores._asdict())
+    write_atomic(path, buffer.getvalue())
+
+
 def _is_scored(spec: ScoreSpec, source: ScoreSource) -> bool:
     try:
         return _read(_path(spec, source))[1] == _request(spec, source)
@@ -110,13 +117,7 @@ def _score_split(model: "PreTrainedModel", spec: ScoreSpec, source: ScoreSource)
     )
     logp = token_log_likelihoods(model, windows, batch_sequences=spec.batch_sequences)
     scores = Scores(logp, windows.document_starts, windows.document_bytes)
-    _write(_path(spec, source), scores, _request(spec, source))
-
-
-def _write(path: Path, scores: Scores, request: str) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, request=np.array(request), **scores._asdict())
-    write_atomic(path, buffer.getvalue())
+    save_scores(_path(spec, source), scores, _request(spec, source))
 
 
 def _read(path: Path) -> tuple[Scores, str]:
