@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CELL_IN = (0.72, 0.31)
-_BAR_IN = 0.17
+_NARROWEST_IN = 2.9
+_BAR_IN = 0.14
 _LOG_FROM = 12.0
 """Largest perplexity divided by the smallest from which bars give way to points on a log axis."""
 _COMPARED = {
@@ -39,12 +40,13 @@ def perplexity_matrix(evaluation: Evaluation) -> "Figure":
     with plot_style():
         from matplotlib.colors import LogNorm
 
-        width, height = 3.6 + _CELL_IN[0] * len(domains), 1.7 + _CELL_IN[1] * len(names)
+        width = 3.6 + max(_CELL_IN[0] * len(domains), _NARROWEST_IN)
+        height = 1.7 + _CELL_IN[1] * len(names)
         figure = new_figure(width, height)
         axes: Axes = figure.subplots()
         ratios = values / _column_minimum(values)
         top = max(1.5, float(np.nanmax(ratios, initial=1.5)))
-        image = axes.imshow(ratios, cmap="cividis_r", norm=LogNorm(1, top), aspect="auto")
+        image = _cells(axes, ratios, cmap="cividis_r", norm=LogNorm(1, top))
         num_elms = sum(name.startswith("elm/") for name in names)
         best = np.concatenate([block == _column_minimum(block) for block in (values[:num_elms], values[num_elms:])])
         _annotate(axes, values, best, image.to_rgba(ratios))
@@ -55,10 +57,12 @@ def perplexity_matrix(evaluation: Evaluation) -> "Figure":
         axes.spines[:].set_visible(False)
         _separate(axes, rows=num_elms, columns=len(evaluation.domains))
         axes.set_xlabel("domain of the test documents")
-        bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.03, aspect=30)
+        bar = figure.colorbar(image, ax=axes, pad=0.1 / width, fraction=0.3 / width, aspect=3.6 * height)
         bar.set_label("perplexity / best of the domain (log scale)")
         _plain_log_ticks(bar.ax.yaxis, [1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100], top)
         bar.outline.set_visible(False)
+        if bar.solids is not None:
+            bar.solids.set(rasterized=False, edgecolor="face")
     return figure
 
 
@@ -112,7 +116,7 @@ def prior_matrix(evaluation: Evaluation) -> "Figure | None":
     with plot_style():
         figure = new_figure(3.6 + 0.62 * len(elms), 1.6 + 0.29 * len(priors))
         axes: Axes = figure.subplots()
-        axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        _cells(axes, values, cmap="Blues", vmin=0, vmax=1)
         for (row, column), value in np.ndenumerate(values):
             colour = "white" if value > 0.55 else INK
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=colour)
@@ -158,6 +162,14 @@ def _perplexity(evaluation: Evaluation, name: str, domain: str) -> float:
 
 def _column_minimum(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.inf, values).min(axis=0, initial=np.inf, keepdims=True)
+
+
+def _cells(axes: "Axes", values: np.ndarray, **colours: Any) -> Any:
+    # Not imshow: it embeds a picture, which viewers blur when the page is enlarged.
+    rows, columns = values.shape
+    mesh = axes.pcolormesh(np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5, values, **colours)
+    axes.set_ylim(rows - 0.5, -0.5)
+    return mesh
 
 
 def _annotate(axes: "Axes", values: np.ndarray, best: np.ndarray, background: np.ndarray) -> None:

@@ -37,29 +37,29 @@ class Curve:
 
 
 def loss_curves(curves: Sequence[Curve]) -> "Figure | None":
-    """Training loss of all models over tokens: smoothed, the raw values behind; None when there is nothing to show."""
+    """Training loss of all models over tokens: smoothed, the raw values behind; the branches enlarged beside it.
+
+    Returns:
+        The figure; None when there is nothing to show.
+    """
     curves = [curve for curve in curves if len(curve.tokens) > 0]
     if not curves:
         return None
-    elms = [curve.name for curve in curves if curve.kind not in ("seed", "dense", "random")]
-    colour, dash = colours(elms), dashes(elms)
+    branches = [curve for curve in curves if curve.kind not in ("seed", "dense")]
     with plot_style():
-        figure = new_figure(10.4, 4.4)
-        axes: Axes = figure.subplots()
-        random = [curve for curve in curves if curve.kind == "random"]
-        for index, curve in enumerate(random):
-            label = f"random split ({len(random)})" if index == 0 else None
-            _draw(axes, curve, LIGHT_GREY, label=label, width=0.9)
-        for curve in curves:
-            if curve.kind == "random":
-                continue
-            ink = {"seed": GREY, "dense": INK}.get(curve.kind) or colour[curve.name]
-            width = 2.2 if curve.kind in ("seed", "dense") else 1.5
-            _draw(axes, curve, ink, label=short(curve.name, 36), width=width, dash=dash.get(curve.name, "-"))
-        _finish(axes, curves)
-        axes.set_xlabel("tokens read, the seed phase included")
-        axes.set_ylabel("training loss in nats per token")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=1.6)
+        figure = new_figure(10.4, 4.2)
+        panels = figure.subplots(1, 2 if branches and len(branches) < len(curves) else 1, squeeze=False)[0]
+        _draw_all(panels[0], curves)
+        _finish(panels[0], curves)
+        panels[0].set_ylabel("training loss in nats per token")
+        panels[0].set_title("all models", loc="left")
+        if len(panels) > 1:
+            _draw_all(panels[1], branches)
+            _finish(panels[1], branches)
+            panels[1].set_title("the branches, enlarged", loc="left")
+        figure.supxlabel("tokens read, the seed phase included", fontsize=9.5)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", handlelength=1.6)
     return figure
 
 
@@ -108,6 +108,19 @@ def smoothed(values: Sequence[float], share: float = _SMOOTHING_SHARE) -> np.nda
     return result
 
 
+def _draw_all(axes: "Axes", curves: Sequence[Curve]) -> None:
+    elms = [curve.name for curve in curves if curve.kind not in ("seed", "dense", "random")]
+    colour, dash = colours(elms), dashes(elms)
+    random = [curve for curve in curves if curve.kind == "random"]
+    for index, curve in enumerate(random):
+        _draw(axes, curve, LIGHT_GREY, label=f"random split ({len(random)})" if index == 0 else None, width=0.9)
+    for curve in curves:
+        if curve.kind != "random":
+            ink = {"seed": GREY, "dense": INK}.get(curve.kind) or colour[curve.name]
+            width = 2.2 if curve.kind in ("seed", "dense") else 1.4
+            _draw(axes, curve, ink, label=short(curve.name), width=width, dash=dash.get(curve.name, "-"))
+
+
 def _draw(axes: "Axes", curve: Curve, colour: str, *, label: str | None, width: float, dash: str = "-") -> None:
     tokens, losses = np.asarray(curve.tokens), np.asarray(curve.losses)
     smooth = smoothed(curve.losses)
@@ -121,7 +134,7 @@ def _finish(axes: "Axes", curves: Sequence[Curve]) -> None:
 
     axes.grid()
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6 if len(curves) > 3 else 4))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     losses = np.concatenate([np.asarray(curve.losses) for curve in curves])
     low, high = float(losses.min()), float(np.quantile(losses, 0.995))

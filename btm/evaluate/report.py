@@ -28,7 +28,7 @@ from btm.evaluate.report_tables import (
 )
 from btm.evaluate.report_verdicts import Verdict, headline, main_ensemble, verdicts
 from btm.files import write_atomic
-from btm.records import Evaluation
+from btm.records import Evaluation, PosteriorTrace
 from btm.tables import format_count, plain
 
 _MOST_TRACES = 4
@@ -163,21 +163,26 @@ def _training(data: ReportData) -> list[str]:
 def _posterior(evaluation: Evaluation | None) -> list[str]:
     if evaluation is None:
         return []
-    parts = []
-    for trace in evaluation.traces[:_MOST_TRACES]:
-        drawn = posterior_plot(trace)
-        if drawn is None:
-            continue
-        caption = (
-            f"Posterior over the ELMs while a test document of {plain(trace.domain)} is read, token by token: prior "
-            "times likelihood of everything read so far."
-        )
-        parts += [web.heading(f"A document of {plain(trace.domain)}"), web.figure(drawn, caption), reading(trace)]
+    shown = [markup for trace in evaluation.traces if (markup := _trace(trace))]
+    parts = shown[:_MOST_TRACES]
+    if rest := shown[_MOST_TRACES:]:
+        parts.append(web.details(f"Documents of {len(rest)} more domains", *rest))
     priors = prior_matrix(evaluation)
     if priors is not None:
         caption = "Cached priors: weights of the ELMs (columns) estimated on development documents of a domain (rows)."
         parts += [web.heading("Cached priors"), web.figure(priors, caption)]
     return parts
+
+
+def _trace(trace: PosteriorTrace) -> str:
+    drawn = posterior_plot(trace)
+    if drawn is None:
+        return ""
+    caption = (
+        f"Weights of the ELMs in predicting each token of a test document of {plain(trace.domain)}: prior times "
+        "likelihood of everything read before it."
+    )
+    return web.heading(f"A document of {plain(trace.domain)}") + web.figure(drawn, caption) + reading(trace)
 
 
 def _added(data: ReportData) -> list[str]:

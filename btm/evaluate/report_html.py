@@ -1,7 +1,7 @@
 """Pieces of one self-contained web page: no scripts, no network, every text escaped."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from btm.evaluate.plots_style import svg_data_uri
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PIXELS_PER_INCH = 96
+_MANY_COLUMNS = 8
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _CSS = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #5b6472; --line: #d9dde3; --page: #fff; --band: #f4f6f8;
@@ -24,14 +25,15 @@ h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.25rem; margin: 2.
   border-bottom: 1px solid var(--line); } h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 p { max-width: 52rem; } .soft { color: var(--soft); } nav a { margin-right: 1rem; white-space: nowrap; }
 a { color: inherit; }
-h1, h2, h3, p, td, th, li, figcaption, code { overflow-wrap: anywhere; }
+h1, h2, h3, p, li, figcaption, code { overflow-wrap: anywhere; } td, th { overflow-wrap: break-word; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums;
   margin: .5rem 0; } caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 th, td { padding: .24rem .55rem; border-bottom: 1px solid var(--line); vertical-align: top; text-align: left; }
-thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; min-width: 4.2rem; }
+thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; max-width: 9rem; }
 td.number, th.number { text-align: right; white-space: nowrap; } thead th.number { white-space: normal; }
-tbody th { font-weight: 500; min-width: 8rem; } tbody tr:hover { background: var(--band); }
-td small { display: block; color: var(--soft); font-size: .74rem; } td.best { font-weight: 700; }
+tbody th { font-weight: 500; max-width: 13rem; } table.many { font-size: .78rem; }
+table.many th, table.many td { padding: .22rem .3rem; } tbody tr:hover { background: var(--band); }
+td small { display: block; color: var(--soft); font-size: .7rem; font-weight: 400; } td.best { font-weight: 700; }
 figure { margin: .8rem 0 1.4rem; } figure img { max-width: 100%; height: auto; background: #fff; border-radius: 6px;
   border: 1px solid var(--line); padding: 6px; } figcaption { font-size: .88rem; color: var(--soft); max-width: 56rem; }
 .verdicts { list-style: none; padding: 0; }
@@ -51,7 +53,7 @@ pre { background: var(--band); padding: .7rem; overflow-x: auto; font-size: .82r
   --good: #1a6e2e; --bad: #b3261e; --open: #7a5c00; } body { max-width: none; padding: 0; font-size: 10.5pt; }
   nav { display: none; } figure, .verdicts li, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .wide { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: .15rem .25rem; }
-  thead th { min-width: 0; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 @page { margin: 14mm; }
 """
 
@@ -98,14 +100,25 @@ def figure(drawn: "Figure | None", caption: str) -> str:
     return f'<figure><img src="{source}" width="{width}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    """A table whose cells are markup (:func:`text_cell`, :func:`number_cell`); the first column heads its rows."""
-    first, *others = headings
-    top = f'<th scope="col">{escape(first)}</th>'
-    top += "".join(f'<th scope="col" class="number">{escape(name)}</th>' for name in others)
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", *, words: Collection[str] = ()
+) -> str:
+    """A table whose cells are markup (:func:`text_cell`, :func:`number_cell`); the first column heads its rows.
+
+    Args:
+        headings: Of all columns; they stand to the right like the numbers below.
+        rows: Cells of each row.
+        caption: Above the table.
+        words: Headings of columns of words, which stand to the left.
+    """
+    kinds = ["" if name in (headings[0], *words) else ' class="number"' for name in headings]
+    top = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(headings, kinds, strict=True))
+    size = ' class="many"' if len(headings) > _MANY_COLUMNS else ""
     body = "\n".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
     label = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table>{label}<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    return (
+        f'<div class="wide"><table{size}>{label}<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    )
 
 
 def row_head(text: object) -> str:

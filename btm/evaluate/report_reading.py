@@ -21,13 +21,13 @@ def reading(trace: PosteriorTrace) -> str:
         tint = _tint(colour[elm], weight)
         spans.append(f'<span style="background:{tint}" title="{web.escape(elm)} {weight:.2f}">{_text(token)}</span>')
     shown = f"The first {_MOST_TOKENS} tokens" if len(trace.tokens) > _MOST_TOKENS else "The document"
-    caption = f"{shown}; background: the ELM with the largest weight after each token, stronger for larger weights."
+    caption = f"{shown}; background: the ELM that weighs most in predicting the token, stronger for larger weights."
     body = f'<p class="key">{key}</p><p class="reading">{"".join(spans)}</p>'
     return web.details("Read the document", web.paragraph(caption, soft=True), body)
 
 
 def _text(token: str) -> str:
-    return "\n".join(web.escape(line) for line in token.replace("\r\n", "\n").split("\n"))
+    return "\n".join(web.escape(line) for line in token.replace("\r\n", "\n").expandtabs(4).split("\n"))
 
 
 def _tint(colour: str, weight: float) -> str:

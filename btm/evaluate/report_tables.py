@@ -29,7 +29,9 @@ def perplexity_table(evaluation: Evaluation) -> str:
         f"column. The mean is over {len(evaluation.domains)} domains, novel and added ones left out."
     )
     means = {name: mean_perplexity(scores, evaluation.domains) for name, scores in evaluation.models.items()}
-    return _score_table(evaluation, means, cell, format_perplexity, caption)
+    notes = "; ".join(f"{name}: {scores.note}" for name, scores in evaluation.models.items() if scores.note)
+    table = _score_table(evaluation, means, cell, format_perplexity, caption)
+    return table + (web.paragraph(f"Rows: {notes}.", soft=True) if notes else "")
 
 
 def bits_table(evaluation: Evaluation) -> str:
@@ -87,7 +89,7 @@ def runs_table(runs: Sequence[Run]) -> str:
             ]
         )
     caption = "Tokens, FLOPs and wall-clock time of each run alone; loss in nats per token."
-    return web.table(headings, rows, caption)
+    return web.table(headings, rows, caption, words=["drawn from"])
 
 
 def lineage_table(manifest: ForestManifest) -> str:
@@ -114,7 +116,8 @@ def lineage_table(manifest: ForestManifest) -> str:
         '"Data of": other ELMs whose weights went into the branch, so that their data is in it too. Dev loss: own '
         "domain, nats per token. Weights: first digits of the SHA-256."
     )
-    return web.table(headings, rows, caption)
+    words = ["branched from", "data of", "joined (UTC)", "weights"]
+    return web.table(headings, rows, caption, words=words)
 
 
 def _imported(origin: str) -> str:
@@ -144,5 +147,4 @@ def _score_table(
             value, text, small = cell(scores.domains[domain])
             cells.append(web.number_cell(text, small=small, best=value == best[domain]))
         rows.append(cells)
-    notes = "".join(f" {name}: {scores.note}." for name, scores in evaluation.models.items() if scores.note)
-    return web.table(["model", "mean", *(domain_label(evaluation, d) for d in domains)], rows, caption + notes)
+    return web.table(["model", "mean", *(domain_label(evaluation, d) for d in domains)], rows, caption)
