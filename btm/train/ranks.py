@@ -1,0 +1,101 @@
+"""The processes that train one model together: who this one is, and the sums that all of them agree on."""
+
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from btm.errors import TrainingError
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the group is gone; the task can be started again and continues from its checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Position of this process in its group, and the device that it computes on."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace ``tensor`` by its sum over all processes; all get the same bits.
+
+        Raises:
+            PeerLostError: If a process is gone.
+        """
+        if self.size > 1:
+            with _naming_lost_peers():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, value: int) -> int:
+        """The value that the main process has.
+
+        Raises:
+            PeerLostError: If a process is gone.
+        """
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
+        with _naming_lost_peers():
+            dist.broadcast(tensor, src=0)
+        return int(tensor.item())
+
+
+@contextmanager
+def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+    """Join the group that ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE`` and ``RENDEZVOUS_FILE`` describe, and leave it.
+
+    gloo on CPUs, NCCL on GPUs. Without these variables there is one process and no group.
+
+    Raises:
+        TrainingError: If the variables contradict each other.
+        PeerLostError: If the others do not come.
+    """
+    rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    local_rank = int(environment.get("LOCAL_RANK", str(rank)))
+    if not 0 <= rank < size:
+        raise TrainingError(f"RANK={rank} is not below WORLD_SIZE={size}; set both as the launcher does")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield Ranks(0, 1, device)
+        return
+    rendezvous = environment.get("RENDEZVOUS_FILE")
+    if not rendezvous:
+        raise TrainingError(f"WORLD_SIZE={size} needs RENDEZVOUS_FILE, a fresh path that all processes can open")
+    with _naming_lost_peers():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+        )
+    yield Ranks(rank, size, device)
+    # Not after an exception: the others may be gone, and leaving would wait for them.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _naming_lost_peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(f"a process of this group is gone ({str(error).splitlines()[0]})") from error
