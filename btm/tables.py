@@ -95,7 +95,7 @@ class EvaluationTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         models = self.evaluation.models
-        label = min(max((len(plain(name)) for name in models), default=5), _LONGEST_LABEL)
+        label = min(max(len("model"), *(len(plain(name)) for name in models), 0), _LONGEST_LABEL)
         columns: list[str | None] = [None, *self.evaluation.domains, *self.evaluation.novel_domains]
         ledger = any(scores.ledger for scores in models.values())
         room = options.max_width - label - 2

@@ -108,6 +108,11 @@ def test_twelve_domains_with_long_names_fit_the_width_and_lose_nothing(width: in
     assert text.count("3.28M") == len(names)
 
 
+def test_a_single_row_or_none_has_a_whole_heading() -> None:
+    for names in (["seed"], []):
+        assert render(evaluation_table(evaluation(["law"], [], names))).split()[:2] == ["model", "mean"]
+
+
 def test_novel_domains_are_marked_and_left_out_of_the_mean() -> None:
     example = evaluation(["law"], ["poetry"], ["seed"])
     text = render(evaluation_table(example))
