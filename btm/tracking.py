@@ -26,6 +26,8 @@ from btm.metrics import MetricsTail, Row, is_dev_row, update_of
 from btm.redaction import redact
 
 _SAVE_INTERVAL_S = 5.0
+_OPEN_TIMEOUT_S = 20.0
+"""The driver waits no longer than this for a run to open; workers never wait."""
 
 
 class Tracker(Protocol):
@@ -106,7 +108,7 @@ class _Followed:
 class MetricsMirror:
     """Follows metrics files and sends every row once to a tracking service.
 
-    A service that fails is reported once as a warning and left alone; training never waits for it.
+    A service that fails is reported once as a warning and left alone; workers never wait for it.
 
     Args:
         open_run: Opens or continues the run of a task at the service.
@@ -248,6 +250,7 @@ def _wandb_opener(config: TrackingConfig, forest_dir: Path) -> RunOpener:
                 x_disable_machine_info=True,
                 disable_git=True,
                 disable_code=True,
+                init_timeout=_OPEN_TIMEOUT_S,
             ),
         )
         return _WandbRun(run)
