@@ -95,7 +95,9 @@ class EnsembleForCausalLM(EnsembleMembers, GenerationMixin):
         prompt = [self.eos_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
         input_ids = torch.tensor([prompt], device=self.device)
         defaults = {"do_sample": False, "attention_mask": torch.ones_like(input_ids), "pad_token_id": self.eos_id}
-        output = self.generate(input_ids, max_new_tokens=max_new_tokens, **defaults | options)
+        output = self.generate(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, max_new_tokens=max_new_tokens, **defaults | options
+        )
         return str(tokenizer.decode(output[0, 1:].tolist(), skip_special_tokens=True))
 
     def posterior(self, state: EnsembleCache) -> Tensor:

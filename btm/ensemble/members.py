@@ -95,7 +95,7 @@ class EnsembleMembers(PreTrainedModel):
         """
         shard, settings = TokenDocuments(documents), self.ensemble
         windows = document_windows(
-            shard,  # pyright: ignore[reportArgumentType]
+            shard,
             sequence_length=self.sequence_length,
             eos_id=self.eos_id,
         )
@@ -111,9 +111,16 @@ class EnsembleMembers(PreTrainedModel):
 
     @property
     def eos_id(self) -> int:
-        """The end-of-text token, with which every document begins and ends."""
-        eos = self.config.eos_token_id
-        return eos[0] if isinstance(eos, list) else eos
+        """The end-of-text token, with which every document begins and ends.
+
+        Raises:
+            EnsembleError: If neither the tokenizer nor the ELMs name one.
+        """
+        eos = self.config.eos_token_id if self.tokenizer is None else self.tokenizer.eos_token_id
+        eos = eos[0] if isinstance(eos, list) else eos
+        if not isinstance(eos, int):
+            raise EnsembleError("the ELMs name no end-of-text token: set `ensemble.tokenizer` to one that has it")
+        return eos
 
     @property
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -129,7 +136,10 @@ class EnsembleMembers(PreTrainedModel):
     def _tokens(self, document: str | Sequence[int]) -> Sequence[int]:
         if not isinstance(document, str):
             return document
-        return [*self.text_tokenizer(document, add_special_tokens=False)["input_ids"], self.eos_id]
+        return [
+            *self.text_tokenizer(document, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+            self.eos_id,
+        ]
 
     def _members(self) -> list[PreTrainedModel]:
         return [elm for elm in self.elms if isinstance(elm, PreTrainedModel)]

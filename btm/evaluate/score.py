@@ -108,10 +108,12 @@ def _score_split(model: "PreTrainedModel", spec: ScoreSpec, source: ScoreSource)
     from btm.corpus.windows import document_windows
     from btm.ensemble.likelihood import token_log_likelihoods
 
+    shard = TokenShard(source.prefix)
     windows = document_windows(
-        TokenShard(source.prefix),
+        shard,
         sequence_length=spec.sequence_length,
-        eos_id=model.config.eos_token_id,
+        # Every document ends in it; an imported model's config may name another token, or none.
+        eos_id=int(shard.document(0)[-1]),
         max_tokens=source.max_tokens,
         max_documents=source.max_documents,
     )
