@@ -118,8 +118,9 @@ def added_import_path(paths: Sequence[str]) -> str:
     stdlib = sysconfig.get_path("stdlib")
     own = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")}
     own.add(os.path.join(os.path.dirname(stdlib), f"python{sys.version_info.major}{sys.version_info.minor}.zip"))
-    added = [os.path.abspath(path) for path in paths if os.pathsep not in path and os.path.exists(path)]
-    return os.pathsep.join(path for path in added if path not in own and not path.startswith(stdlib + os.sep))
+    candidates = [os.path.abspath(path) for path in paths if os.pathsep not in path]
+    added = [path for path in candidates if path not in own and not path.startswith(stdlib + os.sep)]
+    return os.pathsep.join(path for path in added if os.path.exists(path))
 
 
 def check_task(task: Task) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from launch.process import check_task
 from launch.ray_session import PrivateSession, end_processes, termination_handler_kept
-from launch.resources import available_cores, available_gpus
+from launch.resources import available_cores, available_gpus, nodes_problem
 from launch.supervisor import Supervisor, absolute
 from launch.task import State, Status, Task
 
@@ -210,14 +210,10 @@ class RayExecutor:
     def _check_size(self, task: Task) -> None:
         import ray
 
-        needed = {"CPU": task.num_cpus, "GPU": task.num_gpus}
-        nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(all(node.get(kind, 0) >= count for kind, count in needed.items()) for node in nodes):
-            offered = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
-            raise ValueError(
-                f"task {task.name!r} needs {task.num_cpus} CPUs and {task.num_gpus} GPUs on one node; the nodes of "
-                f"this cluster have: {offered or 'nothing'}; ask for fewer (num_cpus, num_gpus)"
-            )
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        problem = nodes_problem(nodes, task.num_cpus, task.num_gpus)
+        if problem:
+            raise ValueError(f"task {task.name!r} {problem}")
 
     def _start_what_fits(self) -> None:
         import ray

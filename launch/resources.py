@@ -192,6 +192,23 @@ class ResourcePool:
             self._leases.release(allocation.cores)
 
 
+def nodes_problem(nodes: Sequence[Mapping[str, float]], num_cpus: int, num_gpus: int) -> str | None:
+    """Say why no node of a cluster could ever hold a task of this size; None when one can.
+
+    Args:
+        nodes: ``CPU`` and ``GPU`` of each node.
+        num_cpus: Cores of the task.
+        num_gpus: GPUs of the task.
+    """
+    if any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in nodes):
+        return None
+    offered = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+    return (
+        f"needs {num_cpus} CPUs and {num_gpus} GPUs on one node; the nodes of this cluster have: "
+        f"{offered or 'nothing'}; ask for fewer (num_cpus, num_gpus)"
+    )
+
+
 def _cgroup_values(name: str) -> list[str]:
     # Version 2 only: one line "0::/path"; a limit of any ancestor counts.
     try:
