@@ -25,8 +25,8 @@ from btm.errors import EnsembleError
 from btm.files import read_json
 from btm.model.causal_lm import load_model
 
-PIECE_TOKENS = 256
-"""Positions of a prompt that one forward pass of one ELM reads."""
+PIECE_TOKENS = 2048
+"""Tokens of a batch of prompts, at most, that one forward pass of one ELM reads."""
 
 
 class EnsembleForCausalLM(EnsembleMembers, GenerationMixin):
@@ -163,8 +163,9 @@ class EnsembleForCausalLM(EnsembleMembers, GenerationMixin):
         if not state.has_rows(elm):
             return
         rows, num_tokens = state.rows[elm], reading.input_ids.shape[1]
-        for start in range(0, num_tokens, PIECE_TOKENS):
-            piece = slice(start, min(start + PIECE_TOKENS, num_tokens))
+        width = max(1, PIECE_TOKENS // len(reading.input_ids))
+        for start in range(0, num_tokens, width):
+            piece = slice(start, min(start + width, num_tokens))
             positions = {"position_ids": reading.position_ids[rows, piece]} if self._takes_positions[elm] else {}
             output = model(
                 input_ids=reading.input_ids[rows, piece],

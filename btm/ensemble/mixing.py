@@ -26,14 +26,16 @@ class Reading:
         """Take in one ELM's log-probabilities ``(rows, piece, V)``, after those of the piece before."""
         rows, before = self.state.rows[elm], self.state.next_logp[elm]
         tokens = self.input_ids[rows, piece, None]
-        given = torch.zeros(tokens.shape[:2], dtype=torch.float64, device=tokens.device)
-        given[:, 1:] = logp[:, :-1].gather(-1, tokens[:, 1:]).squeeze(-1)
+        parts = [logp[:, :-1].gather(-1, tokens[:, 1:]).squeeze(-1)] if logp.shape[1] > 1 else []
         if before is not None:
-            given[:, :1] = before.gather(-1, tokens[:, 0])
-        given = given.clamp_min(torch.finfo(torch.float32).min)
-        self.evidence[elm, rows, piece] = torch.where(self.counted[rows, piece], given, 0.0)
-        # A copy: a view would keep the whole piece alive.
-        self.state.next_logp[elm] = logp[:, -1].clone()
+            parts.insert(0, before.gather(-1, tokens[:, 0]))
+        if parts:
+            given = (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).clamp_min(torch.finfo(torch.float32).min)
+            # The first token of all has no prediction: its column stays 0.
+            seen = slice(piece.stop - given.shape[1], piece.stop)
+            self.evidence[elm, rows, seen] = torch.where(self.counted[rows, seen], given, 0.0).double()
+        # A copy of a long piece: a view would keep all of it alive.
+        self.state.next_logp[elm] = logp[:, -1].clone() if logp.shape[1] > 1 else logp[:, -1]
 
     def finish(self) -> None:
         """Add the evidence to the state, once all ELMs have read."""
@@ -62,7 +64,6 @@ class Mixture:
         before = self._total[index]
         total = torch.logaddexp(before, log_joint)
         # -inf - -inf: nothing there yet, and nothing comes.
-        shrink = (before - total).nan_to_num(nan=-torch.inf).float()[..., None]
-        share = (log_joint - total).nan_to_num(nan=-torch.inf).float()[..., None]
-        self.logp[index] = torch.logaddexp(self.logp[index] + shrink, logp + share)
+        scale = torch.stack([before, log_joint]).sub_(total).nan_to_num_(nan=-torch.inf).float()[..., None]
+        self.logp[index] = torch.logaddexp(self.logp[index] + scale[0], logp + scale[1])
         self._total[index] = total
