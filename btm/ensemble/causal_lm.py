@@ -39,6 +39,8 @@ class EnsembleForCausalLM(EnsembleMembers, GenerationMixin):
     ``posterior=fixed``, the ``top_k`` of largest prior, and only those are kept in memory; with a uniform prior all
     ELMs read the prompt, then each sequence goes on with the ``top_k`` of largest posterior after its prompt (without
     a KV cache: of each position). Weights are renormalised; ties go to the ELM that comes first.
+
+    With ``prior=updating`` the prior follows the documents of one :meth:`perplexity` call; generation uses ``prior``.
     """
 
     @torch.no_grad()

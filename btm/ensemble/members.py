@@ -151,9 +151,10 @@ class EnsembleMembers(PreTrainedModel):
 
 def choose_by_prior(log_prior: Tensor, ensemble: EnsembleConfig) -> list[int]:
     """Positions of the ELMs that an ensemble needs in memory, ascending: see :class:`EnsembleForCausalLM`."""
-    uniform = bool((log_prior == log_prior[0]).all())
-    top_k = ensemble.top_k or len(log_prior)
-    if top_k < len(log_prior) and (not uniform or ensemble.posterior is PosteriorMode.fixed):
+    possible = log_prior[log_prior > -torch.inf]
+    uniform = bool((possible == possible[0]).all())
+    top_k = ensemble.top_k or len(possible)
+    if top_k < len(possible) and (not uniform or ensemble.posterior is PosteriorMode.fixed):
         log_prior = keep_top_k(log_prior, top_k)
     return (log_prior > -torch.inf).nonzero().squeeze(1).tolist()
 

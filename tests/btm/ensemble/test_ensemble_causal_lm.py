@@ -1,4 +1,7 @@
-"""An ensemble is an ordinary causal LM: P1-P3 and P6-P10 on whole models, and transformers' generate."""
+"""An ensemble is an ordinary causal LM: P1-P10 on whole models, and transformers' generate.
+
+Mixing the outputs of models, with generation, instead of their weights is what arcee-ai/mergekit#106 asks for.
+"""
 
 import math
 
@@ -184,6 +187,15 @@ def test_a_prior_that_is_not_uniform_chooses_the_elms_in_memory(models) -> None:
     ensemble = EnsembleForCausalLM(models, names="abc", prior={"a": 0.2, "b": 0.1, "c": 0.7}, ensemble=config(top_k=2))
     assert ensemble.names == ["a", "c"]
     assert len(ensemble.elms) == 2
+
+
+def test_equal_priors_leave_the_choice_to_the_posterior(models) -> None:
+    ensemble = EnsembleForCausalLM(models, names="abc", prior={"a": 1, "c": 1}, ensemble=config(top_k=1))
+    assert ensemble.names == ["a", "c"]
+    fixed = EnsembleForCausalLM(
+        models, names="abc", prior={"a": 1, "c": 1}, ensemble=config(top_k=1, posterior=PosteriorMode.fixed)
+    )
+    assert fixed.names == ["a"]
 
 
 def test_after_the_prompt_each_sequence_reads_with_its_own_top_k(models) -> None:
