@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from btm.errors import ForestError
+from btm.errors import DataError, ForestError
 from btm.files import sha256_of_json, write_atomic
 from btm.model.allocator import tune_allocator
 from btm.records import ScoreSource, ScoreSpec, StepResult
@@ -109,6 +109,8 @@ def _score_split(model: "PreTrainedModel", spec: ScoreSpec, source: ScoreSource)
     from btm.ensemble.likelihood import token_log_likelihoods
 
     shard = TokenShard(source.prefix)
+    if not shard.num_documents:
+        raise DataError(f"{source.prefix} has no documents to score; give the domain more text or a larger split")
     windows = document_windows(
         shard,
         sequence_length=spec.sequence_length,
@@ -134,6 +136,8 @@ def _read(path: Path) -> tuple[Scores, str]:
     starts = scores.document_starts
     if len(starts) != scores.num_documents + 1 or starts[0] != 0 or starts[-1] != len(scores.logp):
         raise ForestError(f"{path} is damaged (its documents and tokens disagree); delete it and run `btm evaluate`")
+    if bool(np.isnan(scores.logp).any()):
+        raise ForestError(f"{path} holds NaN: the model is damaged; leave it out or train it again")
     return scores, request
 
 

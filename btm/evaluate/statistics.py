@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from btm.errors import DataError
 from btm.records import DomainScore
 
 _MAX_NATS = 700.0
@@ -30,10 +31,10 @@ def domain_score(
         Perplexity per token with its 95 % interval, and bits per byte.
 
     Raises:
-        ValueError: If there are no tokens.
+        DataError: If there are no tokens.
     """
     if not len(logp):
-        raise ValueError("perplexity needs at least one token, got none")
+        raise DataError("perplexity needs at least one token, got none; give the domain more text or a larger split")
     tokens = np.diff(starts)
     nats = -np.add.reduceat(logp.astype(np.float64), starts[:-1][tokens > 0])
     num_bytes, tokens = num_bytes[tokens > 0], tokens[tokens > 0]

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from btm.corpus.shards import ShardWriter, TokenShard
-from btm.errors import ForestError
+from btm.errors import DataError, ForestError
 from btm.evaluate import score as score_module
 from btm.evaluate.score import Scores, load_scores, main, save_scores, score
 from btm.model.causal_lm import load_model, save_model
@@ -159,6 +159,18 @@ def test_missing_scores_and_disagreeing_arrays_are_named(tmp_path) -> None:
     save_scores(tmp_path / "odd.npz", Scores(np.zeros(3, np.float32), np.array([0, 2]), np.array([9])), "r")
     with pytest.raises(ForestError, match="disagree"):
         load_scores(tmp_path, "odd")
+
+
+def test_what_cannot_be_measured_is_named(folder, tmp_path) -> None:
+    nan = np.array([-1.0, np.nan], np.float32)
+    save_scores(tmp_path / "nan.npz", Scores(nan, np.array([0, 2]), np.array([9])), "r")
+    with pytest.raises(ForestError, match="holds NaN"):
+        load_scores(tmp_path, "nan")
+    with ShardWriter(tmp_path / "empty", 60):
+        pass
+    empty = ScoreSource(key="k", prefix=str(tmp_path / "empty"), fingerprint="f")
+    with pytest.raises(DataError, match="no documents"):
+        score(request(folder, tmp_path / "out", sources=[empty]))
 
 
 def test_the_worker_runs_a_spec_file(folder, tmp_path) -> None:

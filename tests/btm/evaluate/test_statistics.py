@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from btm.errors import DataError
 from btm.evaluate.statistics import domain_score, resample_counts
 
 
@@ -67,5 +68,5 @@ def test_a_hopeless_model_has_a_finite_perplexity() -> None:
 
 
 def test_nothing_to_measure_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(DataError, match="at least one token"):
         domain_score(np.array([]), np.array([0]), np.array([]), samples=20, seed=0)
