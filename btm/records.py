@@ -263,6 +263,9 @@ class MergeSpec(SpecModel):
     """Target domain of ``posterior`` and ``greedy_soup``."""
     dev: ScoreSource | None = None
     """Dev split that judges ``greedy_soup``."""
+    sequence_length: int = Field(default=512, ge=8)
+    """Context window in which ``greedy_soup`` judges."""
+    batch_sequences: int = Field(default=16, ge=1)
     tokenizer_dir: str
     output_dir: str
     """The model directory; ``result.json`` is written beside it as ``<output_dir>.json``."""
