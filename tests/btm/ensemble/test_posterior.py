@@ -16,6 +16,7 @@ from btm.ensemble.posterior import (
     mixture,
 )
 from btm.errors import EnsembleError
+from btm.merge.posterior import mean_posterior
 
 HISTORY, LAST, FIXED = PosteriorMode.history, PosteriorMode.last_token, PosteriorMode.fixed
 PRIOR = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
@@ -179,6 +180,13 @@ def test_mean_and_em_do_not_depend_on_the_order_of_documents(estimator) -> None:
     documents = [draw(seed=seed, num_tokens=5 + seed) for seed in range(30)]
     forward, backward = estimate_prior(documents, estimator), estimate_prior(documents[::-1], estimator)
     assert torch.allclose(forward, backward, atol=1e-9)
+
+
+def test_the_posterior_average_weighs_as_the_cached_prior_does() -> None:
+    """`btm merge` has its own numpy version, which must not need torch."""
+    documents = [draw(seed=seed, num_tokens=5 + seed) for seed in range(30)]
+    merged = mean_posterior([logp.numpy() for logp in documents])
+    assert merged == pytest.approx(estimate_prior(documents, PriorEstimator.mean).tolist(), abs=1e-12)
 
 
 def test_ema_depends_on_the_order_and_repeats_for_the_same_order() -> None:
