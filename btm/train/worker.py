@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from btm.errors import BtmError, TrainingError
-from btm.files import exclusive_lock, read_json
+from btm.files import exclusive_lock, read_json, remove_leftovers
 from btm.model.allocator import tune_allocator
 from btm.records import Ledger, TrainResult, TrainSpec
 from btm.train.ranks import PeerLostError, Ranks, joined_ranks
@@ -141,6 +141,7 @@ def _owning(output: Path, ranks: Ranks) -> Iterator[None]:
         yield
         return
     with exclusive_lock(output / ".lock", wait=False):
+        remove_leftovers(output)
         yield
 
 
