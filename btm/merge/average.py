@@ -160,7 +160,7 @@ def write_tensors(
     Returns:
         SHA-256 of the file.
     """
-    digest = hashlib.sha256(header)
+    digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
 
         def write(data: memoryview) -> None:

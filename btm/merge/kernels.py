@@ -132,7 +132,7 @@ class Widened:
 
 
 class Incremental:
-    """float64 by the running mean ``m += (x - m) * w / W``, exact for identical models without a wider type."""
+    """float64 by the running mean ``m -= (m - x) * w / W``, exact for identical models without a wider type."""
 
     def __init__(self, chunk_bytes: int) -> None:
         self.raw = np.zeros(chunk_bytes, np.uint8)
@@ -153,9 +153,10 @@ class Incremental:
         if not self._total_weight:
             mean[:] = value
         else:
-            np.subtract(value, mean, out=value)
+            # In this order of signs a mean of -0 stays -0.
+            np.subtract(mean, value, out=value)
             np.multiply(value, weight / (self._total_weight + weight), out=value)
-            np.add(mean, value, out=mean)
+            np.subtract(mean, value, out=mean)
         self._total_weight += weight
 
     def finish(self, num_models: int, out: Array) -> bool:
