@@ -17,7 +17,7 @@ from pathlib import Path
 
 from btm.config import MergeMethodName
 from btm.errors import BtmError, MergeError
-from btm.files import directory_in_one_step
+from btm.files import directory_in_one_step, name_problem
 from btm.merge.average import default_threads
 from btm.merge.card import CARD_NAME, PROVENANCE_NAME, model_card, provenance
 from btm.merge.compatibility import check_compatible, check_tokenizers, without_tied_copies
@@ -102,6 +102,8 @@ def _open_models(spec: MergeSpec, num_threads: int) -> list[ModelFiles]:
     names = [model.name for model in spec.models]
     if not names:
         raise MergeError("there is no model to merge; name at least one")
+    if problem := next(filter(None, map(name_problem, names)), None):
+        raise MergeError(problem)
     if len(set(names)) < len(names):
         raise MergeError(f"two models have the same name among {names}; name every model once")
     _check_output(spec)
@@ -189,8 +191,10 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _remove_dead_leftovers(output: Path) -> None:
-    for leftover in output.parent.glob(f".tmp-{output.name}-*"):
+    result = output.parent.glob(f".tmp-{output.name}.json-*")
+    for leftover in [*output.parent.glob(f".tmp-{output.name}-*"), *result]:
         if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
             continue
         with contextlib.suppress(OSError):
             descriptor = os.open(leftover, os.O_RDONLY)
