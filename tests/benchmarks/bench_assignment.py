@@ -119,7 +119,7 @@ def bench_scipy(num_tokens: int, num_experts: int) -> None:
     fast, expert_T = timed(lambda: assign_balanced(scores_TE))
     gap = abs(square[rows, columns].sum() - total_of(scores_TE, expert_T))
     print(
-        f"scipy {num_tokens} x {num_experts} iid: {slow:.0f} ms, ours {fast:.2f} ms ({slow / fast:.0f} times), gap {gap:.1e}"
+        f"scipy {num_tokens} x {num_experts} iid: {slow:.0f} ms, ours {fast:.2f} ms ({slow / fast:.0f}x), gap {gap:.1e}"
     )
 
 

@@ -1,0 +1,102 @@
+"""Dispatch and combine: token states to the order of their experts and back, with gradients. Capacity too.
+
+Shapes: T tokens, E experts, N routed copies, D model width, C capacity.
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from moe_kernels.errors import check_choice, check_range
+from moe_kernels.types import Dispatch, Routing
+
+PRIORITIES = ("position", "weight")
+
+
+def dispatch(x_TD: torch.Tensor, routing: Routing) -> Dispatch:
+    """Copy token states into the order of their experts.
+
+    Args:
+        x_TD: Token states ``(T, D)``.
+        routing: Where they go.
+
+    Returns:
+        The rows sorted by expert, then token; differentiable in the states and the weights.
+    """
+    order_N = torch.argsort(routing.expert_N * max(1, routing.num_tokens) + routing.token_N, stable=True)
+    token_N = routing.token_N[order_N]
+    return Dispatch(
+        rows_ND=x_TD.index_select(0, token_N),
+        counts_E=routing.expert_counts(),
+        token_N=token_N,
+        weight_N=routing.weight_N[order_N],
+        num_tokens=routing.num_tokens,
+    )
+
+
+def combine(out_ND: torch.Tensor, dispatched: Dispatch) -> torch.Tensor:
+    """Bring expert outputs back to their tokens: the weighted sum of each token's rows, zero where it has none.
+
+    Args:
+        out_ND: Expert outputs ``(N, D)`` in the order of ``dispatched.rows_ND``.
+        dispatched: What `dispatch` returned.
+
+    Returns:
+        ``(T, D)`` in the dtype of ``out_ND``; differentiable in the outputs and the weights.
+    """
+    weighted_ND = out_ND * dispatched.weight_N.to(out_ND.dtype).unsqueeze(1)
+    zeros_TD = out_ND.new_zeros(dispatched.num_tokens, out_ND.shape[1])
+    return zeros_TD.index_add(0, dispatched.token_N, weighted_ND)
+
+
+def capacity_of(num_copies: int, num_experts: int, capacity_factor: float) -> int:
+    """Rows an expert may take: the mean load times the factor, rounded up, at least 1.
+
+    Args:
+        num_copies: Routed copies of the batch.
+        num_experts: Experts of the layer.
+        capacity_factor: 1.0 = the mean load.
+
+    Returns:
+        The capacity.
+    """
+    return max(1, math.ceil(capacity_factor * num_copies / num_experts))
+
+
+def limit_capacity(routing: Routing, capacity_factor: float | None, *, priority: str = "position") -> Routing:
+    """Drop the routed copies above each expert's capacity.
+
+    Args:
+        routing: What a router returned.
+        capacity_factor: See `capacity_of`; ``None`` drops nothing.
+        priority: Who stays: ``position`` keeps the first tokens, which does not look at later ones; ``weight`` the
+            highest combine weights, which does, so it is for training only.
+
+    Returns:
+        The routing without what was dropped; the weights left are not renormalised.
+
+    Raises:
+        MoeError: If the factor is not positive or the priority unknown.
+    """
+    check_choice("priority", priority, PRIORITIES)
+    if capacity_factor is None:
+        return routing
+    check_range("capacity_factor", capacity_factor, low=1e-9, remedy="use None to drop nothing")
+    num_copies = routing.token_N.numel()
+    capacity = capacity_of(num_copies, routing.num_experts, capacity_factor)
+    order_N = torch.argsort(routing.token_N, stable=True)
+    if priority == "weight":
+        order_N = order_N[torch.argsort(routing.weight_N.detach()[order_N], descending=True, stable=True)]
+    order_N = order_N[torch.argsort(routing.expert_N[order_N], stable=True)]
+    counts_E = routing.expert_counts()
+    starts_E = counts_E.cumsum(0) - counts_E
+    place_N = torch.arange(num_copies, device=order_N.device) - starts_E[routing.expert_N[order_N]]
+    kept_N = order_N[place_N < capacity].sort().values
+    return dataclasses.replace(
+        routing,
+        token_N=routing.token_N[kept_N],
+        expert_N=routing.expert_N[kept_N],
+        weight_N=routing.weight_N[kept_N],
+        num_dropped=routing.num_dropped + num_copies - kept_N.numel(),
+    )

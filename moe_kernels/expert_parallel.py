@@ -1,0 +1,275 @@
+"""Experts spread over the processes of a group: rows travel to their experts and back by variable-split all-to-all.
+
+`ExpertParallelExperts` takes the place of any experts in a layer. A rank may hold no tokens at all, but every rank must
+call the layer, and backward, equally often. Written for gloo and NCCL groups handed in by the caller.
+
+Shapes: E experts, e experts of this rank, N rows of this rank's tokens, R rows that this rank computes, D model width.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moe_kernels.errors import MoeError
+from moe_kernels.experts import ExpertList, SwigluExperts, check_rows
+
+
+class ExchangeError(RuntimeError):
+    """Not all ranks of the group took part in an exchange in the same way."""
+
+
+def _all_to_all(
+    out: torch.Tensor, rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+) -> None:
+    try:
+        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+    except RuntimeError as error:
+        raise ExchangeError(
+            f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} waited in vain for others: every rank must "
+            f"call the layer and backward equally often, also without tokens ({error})"
+        ) from error
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of rows; its gradient is the all-to-all with the splits swapped."""
+
+    @staticmethod
+    def forward(
+        ctx, rows_ND: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        out_RD = rows_ND.new_empty(sum(receive), rows_ND.shape[1])
+        _all_to_all(out_RD, rows_ND, receive, send, group)
+        return out_RD
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        grad_ND = gradients[0].new_empty(sum(ctx.send), gradients[0].shape[1])
+        _all_to_all(grad_ND, gradients[0], ctx.send, ctx.receive, ctx.group)
+        return grad_ND, None, None, None
+
+
+def exchange(rows_ND: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Send consecutive parts of the rows to the ranks of a group. Collective; so is the backward pass.
+
+    Args:
+        rows_ND: Rows in the order of the ranks they go to.
+        send: Rows for each rank.
+        receive: Rows from each rank.
+        group: The group.
+
+    Returns:
+        The rows received, in the order of the ranks they came from. Differentiable on every rank alike, also where the
+        input needs no gradient, so that backward never waits for a rank that has nothing to do.
+
+    Raises:
+        ExchangeError: If another rank does not take part within the group's timeout.
+    """
+    if torch.is_grad_enabled() and not rows_ND.requires_grad:
+        rows_ND = rows_ND.detach().requires_grad_()
+    return _Exchange.apply(rows_ND, send, receive, group)
+
+
+def exchange_counts(send: list[torch.Tensor], width: int, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Tell every rank how many rows it will get for each of its experts. Collective.
+
+    Args:
+        send: Counts for each rank, int64; all ranks send equally many to one rank.
+        width: Model width, compared between ranks.
+        group: The group.
+
+    Returns:
+        The counts from each rank.
+
+    Raises:
+        ExchangeError: If another rank does not take part within the group's timeout.
+        MoeError: If a rank has another width.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    head = torch.tensor([width], device=send[0].device)
+    message = torch.cat([part for counts in send for part in (head, counts)])
+    mine = send[rank].numel() + 1
+    received = message.new_empty(world * mine)
+    _all_to_all(received, message, [mine] * world, [counts.numel() + 1 for counts in send], group)
+    parts = received.view(world, mine)
+    widths = parts[:, 0].tolist()
+    if set(widths) != {width}:
+        raise MoeError(
+            "model width over the ranks", got=widths, allowed="one width", remedy="build one model everywhere"
+        )
+    return list(parts[:, 1:])
+
+
+def owned_experts(num_experts: int, group_size: int, rank: int) -> range:
+    """Experts that a rank holds: consecutive, and as equally many as possible.
+
+    Args:
+        num_experts: E.
+        group_size: Ranks of the group.
+        rank: The rank.
+
+    Returns:
+        Ids of the experts.
+
+    Raises:
+        MoeError: If there are fewer experts than ranks.
+    """
+    if num_experts < group_size:
+        remedy = "use a smaller group or more experts"
+        raise MoeError("experts over ranks", got=num_experts, allowed=f"at least {group_size}", remedy=remedy)
+    share, rest = divmod(num_experts, group_size)
+    start = rank * share + min(rank, rest)
+    return range(start, start + share + (rank < rest))
+
+
+def take_experts(experts: nn.Module, owned: range) -> nn.Module:
+    """Experts of a range, as a module of their own; the tensors are copied for stacks and shared for lists.
+
+    Args:
+        experts: A `SwigluExperts` or an `ExpertList`.
+        owned: Consecutive ids.
+
+    Returns:
+        The part.
+
+    Raises:
+        MoeError: If the experts are of another kind.
+    """
+    if isinstance(experts, ExpertList):
+        return ExpertList([experts.experts[index] for index in owned])
+    if not isinstance(experts, SwigluExperts):
+        allowed = "SwigluExperts or ExpertList"
+        raise MoeError("experts", got=type(experts).__name__, allowed=allowed, remedy="put modules into an ExpertList")
+    part = SwigluExperts(len(owned), experts.w1_EDF.shape[1], experts.w1_EDF.shape[2], backend=experts.backend)
+    part = part.to(device=experts.w1_EDF.device, dtype=experts.w1_EDF.dtype)
+    with torch.no_grad():
+        for name, parameter in part.named_parameters():
+            parameter.copy_(experts.get_parameter(name)[owned.start : owned.stop])
+            parameter.requires_grad_(experts.get_parameter(name).requires_grad)
+    return part
+
+
+class ExpertParallelExperts(nn.Module):
+    """This rank's experts, applied to the rows of all ranks.
+
+    Each rank's loss is the mean over its own tokens, and gradients of all other parameters are averaged over the ranks,
+    as data parallelism does. The gradients of the experts are divided by the number of ranks here, which makes them the
+    gradients of the same mean loss: leave them out of the averaging.
+
+    Args:
+        experts: All experts, the same on every rank; only this rank's are kept.
+        group: The group.
+
+    Raises:
+        MoeError: If there are fewer experts than ranks.
+    """
+
+    def __init__(self, experts: SwigluExperts | ExpertList, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.num_experts, self.group = experts.num_experts, group
+        self.rank, self.group_size = dist.get_rank(group), dist.get_world_size(group)
+        self.shares = [owned_experts(self.num_experts, self.group_size, rank) for rank in range(self.group_size)]
+        self.local = take_experts(experts, self.shares[self.rank])
+        for parameter in self.local.parameters():
+            parameter.register_hook(self._scaled)
+
+    def _scaled(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient / self.group_size
+
+    def forward(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """Apply the experts to rows ``(N, D)`` sorted by expert. Collective: all ranks of the group must call."""
+        check_rows(rows_ND, counts_E, self.num_experts)
+        parts = [counts_E[share.start : share.stop] for share in self.shares]
+        counts_Pe = torch.stack(exchange_counts(parts, rows_ND.shape[1], self.group))
+        send = [int(part.sum()) for part in parts]
+        receive = counts_Pe.sum(1).tolist()
+        rows_RD = exchange(rows_ND, send, receive, self.group)
+        expert_R = torch.arange(counts_Pe.shape[1], device=rows_RD.device).repeat(self.group_size)
+        order_R = torch.argsort(expert_R.repeat_interleave(counts_Pe.reshape(-1)), stable=True)
+        out_RD = self.local(rows_RD.index_select(0, order_R), counts_Pe.sum(0))
+        back_RD = out_RD.index_select(0, torch.argsort(order_R))
+        return exchange(back_RD, receive, send, self.group)
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """Tensors of all experts by the names of the undivided module. Collective.
+
+        Returns:
+            A state for `SwigluExperts` or `ExpertList`, equal on every rank, for any number of ranks to load.
+        """
+        return self.gather_full(self.local.state_dict())
+
+    def gather_full(self, local: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Join tensors that belong to the experts, such as gradients or the state of an optimizer. Collective.
+
+        Args:
+            local: This rank's tensors, by the names of the parameters of ``self.local``.
+
+        Returns:
+            The tensors of all ranks by the names of the undivided module, equal on every rank.
+        """
+        mine = {self._full_name(name): tensor.detach() for name, tensor in local.items()}
+        state: dict[str, list[torch.Tensor]] = {}
+        for rank in range(self.group_size):
+            source = dist.get_global_rank(self.group, rank)
+            shapes: list[object] = [{name: (tensor.shape, tensor.dtype) for name, tensor in mine.items()}]
+            dist.broadcast_object_list(shapes, src=source, group=self.group)
+            assert isinstance(shapes[0], dict)
+            for name, (shape, dtype) in shapes[0].items():
+                device = next(iter(mine.values())).device
+                tensor = mine[name].clone() if rank == self.rank else torch.empty(shape, dtype=dtype, device=device)
+                dist.broadcast(tensor, src=source, group=self.group)
+                state.setdefault(name, []).append(tensor)
+        return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in state.items()}
+
+    def _full_name(self, name: str) -> str:
+        if not isinstance(self.local, ExpertList):
+            return name
+        head, index, rest = name.split(".", 2)
+        return f"{head}.{int(index) + self.shares[self.rank].start}.{rest}"
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Average gradients over the ranks, in place. Collective; not for the experts of `ExpertParallelExperts`.
+
+    Args:
+        parameters: Parameters that all ranks hold, in the same order; a missing gradient counts as zero.
+        group: The group.
+    """
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad, group=group)
+        parameter.grad /= dist.get_world_size(group)
+
+
+def clip_gradients(
+    shared: Iterable[nn.Parameter], local: Iterable[nn.Parameter], max_norm: float, group: dist.ProcessGroup
+) -> float:
+    """Clip by the norm of the whole model: what all ranks hold counts once, and every expert once. Collective.
+
+    Args:
+        shared: Parameters with equal gradients on all ranks.
+        local: This rank's expert parameters.
+        max_norm: Largest norm to leave.
+        group: The group.
+
+    Returns:
+        The norm before clipping, equal on all ranks.
+    """
+    shared_grads = [parameter.grad for parameter in shared if parameter.grad is not None]
+    local_grads = [parameter.grad for parameter in local if parameter.grad is not None]
+    square = torch.zeros((), dtype=torch.float64)
+    for gradient in local_grads:
+        square += gradient.double().square().sum().cpu()
+    dist.all_reduce(square, group=group)
+    for gradient in shared_grads:
+        square += gradient.double().square().sum().cpu()
+    norm = float(square.sqrt())
+    if norm > max_norm:
+        for gradient in shared_grads + local_grads:
+            gradient *= max_norm / norm
+    return norm

@@ -1,0 +1,52 @@
+"""Run a function in several processes joined in one gloo group; results and errors come back."""
+
+import io
+import multiprocessing
+import queue as queue_module
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def _child(function, rank, world, path, timeout_s, queue):
+    torch.set_num_threads(1)
+    try:
+        options = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=timeout_s)}
+        dist.init_process_group("gloo", init_method=f"file://{path}", **options)
+        result = io.BytesIO()  # bytes, because tensors in a queue need their sender alive
+        torch.save(function(rank, world), result)
+        queue.put((rank, result.getvalue(), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+    finally:
+        queue.close()
+        queue.join_thread()
+
+
+def run_processes(function, world, folder, *, timeout_s=30):
+    """Results of ``function(rank, world)`` in the order of the ranks; raises with the traceback of a failed rank."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    path = folder / f"rendezvous-{world}"
+    path.unlink(missing_ok=True)
+    arguments = [(function, rank, world, path, timeout_s, queue) for rank in range(world)]
+    children = [context.Process(target=_child, args=each, daemon=True) for each in arguments]
+    for child in children:
+        child.start()
+    results, errors = {}, {}
+    try:
+        for _ in children:
+            rank, result, error = queue.get(timeout=60)
+            results[rank], errors[rank] = result, error
+    except queue_module.Empty:
+        errors[-1] = "a rank did not answer within 60 seconds"
+    for child in children:
+        child.join(10)
+        if child.is_alive():
+            child.kill()
+    failed = {rank: error for rank, error in errors.items() if error}
+    if failed:
+        raise AssertionError(f"ranks failed: {failed}")
+    return [torch.load(io.BytesIO(results[rank])) for rank in range(world)]

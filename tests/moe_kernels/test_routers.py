@@ -1,0 +1,108 @@
+"""Routers: what each promises of counts, weights, modes and bad input."""
+
+import pytest
+import torch
+
+from moe_kernels import TokenInfo
+from moe_kernels.routers import BalancedRouter, DomainRouter, ExpertChoiceRouter, HashRouter, SwitchRouter, TopKRouter
+from moe_kernels.types import statistics_of
+
+X = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("is_renormalised", [True, False])
+def test_top_k_picks_the_highest_scores(score, is_renormalised):
+    router = TopKRouter(8, 6, 3, score=score, is_renormalised=is_renormalised)
+    routing = router(X, TokenInfo())
+    logits = X @ router.weight_ED.t()
+    scores = logits.softmax(1) if score == "softmax" else logits.sigmoid()
+    best = scores.topk(3, dim=1)
+    assert torch.equal(routing.expert_N.view(30, 3), best.indices)
+    weights = best.values / best.values.sum(1, keepdim=True) if is_renormalised else best.values
+    torch.testing.assert_close(routing.weight_N.view(30, 3), weights)
+    torch.testing.assert_close(routing.probs_TE.sum(1), torch.ones(30))
+
+
+def test_switch_weighs_by_the_probability():
+    router = SwitchRouter(8, 6)
+    routing = router(X, TokenInfo())
+    torch.testing.assert_close(routing.weight_N, (X @ router.weight_ED.t()).softmax(1).amax(1))
+
+
+@pytest.mark.parametrize(("factor", "capacity"), [(1.0, 5), (2.0, 10), (6.0, 30), (0.01, 1)])
+def test_expert_choice_fills_each_expert_with_its_best_tokens(factor, capacity):
+    router = ExpertChoiceRouter(8, 6, capacity_factor=factor)
+    routing = router(X, TokenInfo())
+    assert routing.expert_counts().tolist() == [capacity] * 6
+    scores = (X @ router.weight_ED.t()).softmax(1)
+    for expert in range(6):
+        chosen = routing.token_N[routing.expert_N == expert]
+        assert set(chosen.tolist()) == set(scores[:, expert].topk(capacity).indices.tolist())
+
+
+def test_balanced_router_is_balanced_in_training_and_greedy_at_inference():
+    router = BalancedRouter(8, 4)
+    skewed = X + 20 * router.centroid_ED.detach()[1]
+    routing = router(skewed, TokenInfo())
+    assert sorted(routing.expert_counts().tolist()) == [7, 7, 8, 8]
+    frozen = router.requires_grad_(False)(skewed, TokenInfo())
+    assert torch.equal(frozen.expert_N, routing.expert_N), "the mode is the flag, not requires_grad"
+    greedy = router.eval()(skewed, TokenInfo())
+    assert torch.equal(greedy.expert_N, (skewed @ router.centroid_ED.t()).argmax(1))
+    assert greedy.expert_counts().max() > 8
+
+
+def test_hash_is_fixed_and_even():
+    router = HashRouter(8)
+    ids = torch.arange(8000)
+    routing = router(torch.zeros(8000, 4), TokenInfo(token_id_T=ids))
+    assert torch.equal(routing.expert_N, router.expert_of(ids))
+    assert routing.expert_counts().min() > 900
+    assert not torch.equal(routing.expert_N, HashRouter(8, seed=1).expert_of(ids))
+    assert torch.equal(HashRouter(8, seed=10**12).expert_of(ids).unique(), torch.arange(8))
+
+
+def test_padding_goes_nowhere_in_any_router():
+    mask = torch.arange(30) % 3 != 0
+    info = TokenInfo(
+        is_real_T=mask, domain_T=torch.where(mask, 1, -100), token_id_T=torch.where(mask, torch.arange(30), -100)
+    )
+    routers = [TopKRouter(8, 5, 2), ExpertChoiceRouter(8, 5), BalancedRouter(8, 5), HashRouter(5), DomainRouter(5)]
+    for router in routers:
+        routing = router(X, info)
+        assert mask[routing.token_N].all()
+        statistics = statistics_of(routing)
+        assert statistics.num_tokens == 20
+        assert statistics.num_unrouted == 0 or isinstance(router, ExpertChoiceRouter)
+
+
+def test_no_tokens_at_all():
+    empty = torch.zeros(0, 8)
+    info = TokenInfo(domain_T=torch.zeros(0, dtype=torch.int64), token_id_T=torch.zeros(0, dtype=torch.int64))
+    for router in [TopKRouter(8, 5, 2), ExpertChoiceRouter(8, 5), BalancedRouter(8, 5), HashRouter(5), DomainRouter(5)]:
+        assert router(empty, info).token_N.numel() == 0
+
+
+def test_logits_are_float32_in_a_bfloat16_model():
+    routing = TopKRouter(8, 5, 2).bfloat16()(X.bfloat16(), TokenInfo())
+    assert routing.logits_TE.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: TopKRouter(8, 4, 5), "experts_per_token: got 5; allowed: 1 to 4"),
+        (lambda: TopKRouter(8, 0, 1), "num_experts: got 0"),
+        (lambda: TopKRouter(8, 4, 1, score="relu"), "softmax, sigmoid"),
+        (lambda: ExpertChoiceRouter(8, 4, capacity_factor=9), "capacity_factor: got 9"),
+        (lambda: DomainRouter(3)(X, TokenInfo()), "domain_T: got None"),
+        (lambda: DomainRouter(3)(X, TokenInfo(domain_T=torch.full((30,), 3))), "allowed: 0 to 2"),
+        (lambda: DomainRouter(3)(X, TokenInfo(domain_T=torch.full((30,), -1))), "ids from -1"),
+        (lambda: DomainRouter(3)(X, TokenInfo(domain_T=torch.zeros(29, dtype=torch.int64))), "30 integers"),
+        (lambda: TopKRouter(8, 4, 1)(X, TokenInfo(is_real_T=torch.ones(3))), r"allowed: \(30,\)"),
+    ],
+)
+def test_bad_values_are_refused(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()
