@@ -6,7 +6,7 @@ Stands alone: imports torch only. A layer is a router, a dispatch, experts and a
 from moe_kernels.assignment import Assignment, assign_balanced, solve_assignment
 from moe_kernels.causality import CausalityReport, check_causality
 from moe_kernels.errors import MoeError
-from moe_kernels.layers import EXPERT_LAYERS, BaseConfig, DemixConfig, ModalityConfig, TopKConfig
+from moe_kernels.layers import EXPERT_LAYERS, BaseConfig, DemixConfig, ModalityConfig, SkillConfig, TopKConfig
 from moe_kernels.types import LayerOutput, Routing, RoutingStatistics, TokenInfo
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "MoeError",
     "Routing",
     "RoutingStatistics",
+    "SkillConfig",
     "TokenInfo",
     "TopKConfig",
     "assign_balanced",

@@ -25,12 +25,12 @@ def dispatch(x_TD: torch.Tensor, routing: Routing) -> Dispatch:
         The rows sorted by expert, then token; differentiable in the states and the weights.
     """
     order_N = torch.argsort(routing.expert_N * max(1, routing.num_tokens) + routing.token_N, stable=True)
-    token_N = routing.token_N[order_N]
     return Dispatch(
-        rows_ND=x_TD.index_select(0, token_N),
+        rows_ND=x_TD.index_select(0, routing.token_N[order_N]),
         counts_E=routing.expert_counts(),
-        token_N=token_N,
-        weight_N=routing.weight_N[order_N],
+        token_N=routing.token_N,
+        weight_N=routing.weight_N,
+        row_N=torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device)),
         num_tokens=routing.num_tokens,
     )
 
@@ -45,7 +45,7 @@ def combine(out_ND: torch.Tensor, dispatched: Dispatch) -> torch.Tensor:
     Returns:
         ``(T, D)`` in the dtype of ``out_ND``; differentiable in the outputs and the weights.
     """
-    weighted_ND = out_ND * dispatched.weight_N.to(out_ND.dtype).unsqueeze(1)
+    weighted_ND = out_ND.index_select(0, dispatched.row_N) * dispatched.weight_N.to(out_ND.dtype).unsqueeze(1)
     zeros_TD = out_ND.new_zeros(dispatched.num_tokens, out_ND.shape[1])
     return zeros_TD.index_add(0, dispatched.token_N, weighted_ND)
 

@@ -66,9 +66,7 @@ class TopKRouter(nn.Module):
         logits_TE = logits_of(x_TD, self.weight_ED)
         scores_TE = _scores(logits_TE, self.score)
         expert_TK = scores_TE.detach().topk(self.experts_per_token, dim=1).indices
-        weight_TK = scores_TE.gather(1, expert_TK)
-        if self.is_renormalised:
-            weight_TK = _normalised(weight_TK)
+        weight_TK = self._weights(logits_TE, scores_TE, expert_TK)
         token_TK = torch.arange(num_tokens, device=x_TD.device).unsqueeze(1).expand_as(expert_TK)
         return Routing(
             token_N=token_TK[is_real_T].reshape(-1),
@@ -80,6 +78,14 @@ class TopKRouter(nn.Module):
             logits_TE=logits_TE,
             probs_TE=scores_TE if self.score == "softmax" else _normalised(scores_TE),
         )
+
+    def _weights(self, logits_TE: torch.Tensor, scores_TE: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
+        if not self.is_renormalised:
+            return scores_TE.gather(1, expert_TK)
+        if self.score == "sigmoid":
+            return _normalised(scores_TE.gather(1, expert_TK))
+        # the same as scaling the K probabilities, without a sum over all experts, whose rounding depends on their order
+        return torch.softmax(logits_TE.gather(1, expert_TK), dim=-1)
 
 
 class SwitchRouter(TopKRouter):

@@ -48,6 +48,23 @@ class TokenInfo:
             raise MoeError(name, got=got, allowed=f"0 to {high - 1}", remedy="add experts or correct the ids")
         return ids_T
 
+    def select(self, index_N: torch.Tensor, num_tokens: int) -> "TokenInfo":
+        """The same for some of the tokens.
+
+        Args:
+            index_N: Which tokens ``(N,)``.
+            num_tokens: Tokens there are.
+
+        Returns:
+            Fields with one entry per index.
+
+        Raises:
+            MoeError: If the mask has another length than ``num_tokens``.
+        """
+        fields = {name: value for name, value in vars(self).items() if value is not None and name != "is_real_T"}
+        picked = {name: value.reshape(-1)[index_N.to(value.device)] for name, value in fields.items()}
+        return TokenInfo(is_real_T=self.real(num_tokens, index_N.device)[index_N], **picked)
+
     def real(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """The padding mask ``(T,)``, all true where none was given.
 
@@ -104,9 +121,12 @@ class Dispatch:
     counts_E: torch.Tensor
     """Rows per expert ``(E,)``, int64."""
     token_N: torch.Tensor
-    """Token of each row ``(N,)``."""
+    """Token of each routed copy in the order of the routing ``(N,)``."""
     weight_N: torch.Tensor
-    """Combine weight of each row ``(N,)``."""
+    """Combine weight of each routed copy in that order ``(N,)``."""
+    row_N: torch.Tensor
+    """Row of each routed copy in the order of the routing ``(N,)``: results are summed in that order, so that they do
+    not depend on how experts are numbered."""
     num_tokens: int
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels import EXPERT_LAYERS, BaseConfig, DemixConfig, ModalityConfig, TokenInfo, TopKConfig
+from moe_kernels import EXPERT_LAYERS, BaseConfig, DemixConfig, ModalityConfig, SkillConfig, TokenInfo, TopKConfig
 from moe_kernels.experts import SwigluFfn
 from moe_kernels.layers import DemixLayer, base_layer_positions, freeze_except, mix_domains
 
@@ -16,6 +16,7 @@ CONFIGS = {
     "base": BaseConfig(width=8, hidden_width=12, num_experts=3),
     "demix": DemixConfig(width=8, hidden_width=12, num_domains=3),
     "modality": ModalityConfig(width=8, hidden_width=12, group_sizes=(2, 1)),
+    "skills": SkillConfig(width=8, hidden_width=12, skills=("a", "b", "c"), tasks={"x": ("a",), "y": "ab", "z": "c"}),
     "top_k": TopKConfig(width=8, hidden_width=12, num_experts=3, shared_hidden_width=4),
 }
 INFO = TokenInfo(domain_T=torch.arange(20) % 3, modality_T=torch.arange(20) % 2, token_id_T=torch.arange(20))
