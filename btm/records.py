@@ -246,6 +246,8 @@ class MergeInput(Model):
     directory: str
     files: dict[str, str] = {}
     """File name -> SHA-256, when known (an ELM's record)."""
+    checksums: dict[str, str] = {}
+    """File name -> XXH3-128; compared instead of SHA-256 where given, which takes a tenth of the time."""
     score_dir: str | None = None
     """Scores on ``dev-<domain>``; needed by ``posterior``."""
 
@@ -327,6 +329,8 @@ class ElmRecord(Model):
     data_fingerprint: str
     files: dict[str, str]
     """File name -> SHA-256."""
+    checksums: dict[str, str] = {}
+    """File name -> XXH3-128, for fast checks against damage; empty in older records."""
     num_parameters: int
     dev_loss: dict[str, float] = {}
     origin: Literal["trained", "imported"] = "trained"

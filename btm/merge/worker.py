@@ -108,7 +108,7 @@ def _open_models(spec: MergeSpec, num_threads: int) -> list[ModelFiles]:
         raise MergeError(f"two models have the same name among {names}; name every model once")
     _check_output(spec)
     models = [open_model(model.name, Path(model.directory)) for model in spec.models]
-    check_recorded(models, [model.files for model in spec.models], num_threads)
+    check_recorded(models, spec.models, num_threads)
     models = [without_tied_copies(model) for model in models]
     check_compatible(models)
     tokenizers = [Path(spec.tokenizer_dir)] if spec.tokenizer_dir else []

@@ -17,14 +17,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 
 from btm.merge.tensor_file import format_header
 from btm.records import MergeInput, MergeSpec
 
 VOCABULARY = 32_000
+OURS = {
+    "btm merge": "",
+    "btm merge, XXH3 of all inputs checked": "checksums",
+    "btm merge, SHA-256 of all inputs checked": "files",
+}
+"""Contender -> field of the request that holds the hashes."""
 NAIVE_TORCH = """
 import sys, torch
 from pathlib import Path
@@ -73,17 +82,16 @@ def write_random_model(
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}}}))
-    generator, names, digest = np.random.default_rng(seed), sorted(shapes), hashlib.sha256()
+    generator, names = np.random.default_rng(seed), sorted(shapes)
+    digests = {"files": hashlib.sha256(), "checksums": xxhash.xxh3_128()}
     with open(directory / "model.safetensors", "wb") as file:
         header = format_header([(name, "BF16", shapes[name]) for name in names], {"format": "pt"})
-        file.write(header)
-        digest.update(header)
+        _write(file, header, digests)
         for name in names:
             values = generator.standard_normal(shapes[name], dtype=np.float32) * np.float32(0.02)
             data = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16).tobytes()
-            file.write(data)
-            digest.update(data)
-    return digest.hexdigest()
+            _write(file, data, digests)
+    return {kind: digest.hexdigest() for kind, digest in digests.items()}
 
 
 def run_measured(command: list[str]) -> tuple[float, float]:
@@ -103,10 +111,10 @@ def run_measured(command: list[str]) -> tuple[float, float]:
     return seconds, peak / 1024
 
 
-def contenders(folder: Path, models: list[Path], hashes: list[str]) -> dict[str, list[str]]:
+def contenders(folder: Path, models: list[Path], hashes: list[dict[str, str]]) -> dict[str, list[str]]:
     """Name -> command; each writes ``folder/out-<n>``."""
     python, commands = sys.executable, {}
-    for name, with_hashes in (("btm merge", False), ("btm merge, SHA-256 of all inputs checked", True)):
+    for name, record in OURS.items():
         spec = MergeSpec(
             name="bench",
             method="uniform",  # pyright: ignore[reportArgumentType]
@@ -114,9 +122,9 @@ def contenders(folder: Path, models: list[Path], hashes: list[str]) -> dict[str,
                 MergeInput(
                     name=model.name,
                     directory=str(model),
-                    files={"model.safetensors": sha256} if with_hashes else {},
+                    **{kind: {"model.safetensors": model_hashes[kind]} for kind in [record] if kind},
                 )
-                for model, sha256 in zip(models, hashes, strict=True)
+                for model, model_hashes in zip(models, hashes, strict=True)
             ],
             tokenizer_dir=str(models[0]),
             output_dir=str(folder / f"out-{len(commands)}"),
@@ -129,8 +137,14 @@ def contenders(folder: Path, models: list[Path], hashes: list[str]) -> dict[str,
         recipe = [{"model": str(model), "parameters": {"weight": 1.0}} for model in models]
         path = folder / "linear.yml"
         path.write_text(json.dumps({"models": recipe, "merge_method": "linear", "dtype": "bfloat16"}))
-        commands["mergekit linear"] = [mergekit, str(path), str(folder / "out-2"), "--quiet", "--no-copy-tokenizer"]
-    commands["plain torch"] = [python, "-c", NAIVE_TORCH, *map(str, models), str(folder / "out-3")]
+        commands["mergekit linear"] = [
+            mergekit,
+            str(path),
+            str(folder / "out-mergekit"),
+            "--quiet",
+            "--no-copy-tokenizer",
+        ]
+    commands["plain torch"] = [python, "-c", NAIVE_TORCH, *map(str, models), str(folder / "out-torch")]
     return commands
 
 
@@ -170,12 +184,19 @@ def _report(seconds: dict[str, list[float]], memory: dict[str, float]) -> None:
 
 
 def _prepare(folder: Path, models: list[Path], *, cold: bool) -> None:
-    for output in folder.glob("out-?"):
-        shutil.rmtree(output)
+    for output in folder.glob("out-*"):
+        if output.is_dir():
+            shutil.rmtree(output)
     for model in models if cold else []:
         descriptor = os.open(model / "model.safetensors", os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+
+
+def _write(file: BinaryIO, data: bytes, digests: Mapping[str, Any]) -> None:
+    file.write(data)
+    for digest in digests.values():
+        digest.update(data)
 
 
 def _private_kb(pid: int) -> int:

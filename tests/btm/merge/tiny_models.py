@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -50,3 +52,9 @@ def merge(output: Path, models: list[Path], method: str = "uniform", **fields) -
 def hashes(directory: Path) -> dict[str, str]:
     """File name -> SHA-256 of everything in a directory."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def worker(spec_path: Path, **options) -> subprocess.Popen[str]:
+    """Start the real worker."""
+    command = [sys.executable, "-m", "btm.merge.worker", str(spec_path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
