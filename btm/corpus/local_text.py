@@ -162,10 +162,9 @@ def _gives_docstrings(path: str) -> bool:
 
 
 def _is_licence(path: str) -> bool:
-    name = path.rsplit("/", 1)[-1]
-    return bool(_LICENCE_NAME.match(name) or "/licenses/" in path) and not name.endswith(
-        (".py", ".pyi", ".json", ".so", ".h")
-    )
+    name = path.rsplit("/", 1)[-1].lower()
+    is_other = name.startswith("readme") or name.endswith((".py", ".pyi", ".json", ".so", ".h"))
+    return not is_other and (bool(_LICENCE_NAME.match(name)) or "/licenses/" in path)
 
 
 def _is_description(path: str) -> bool:

@@ -6,7 +6,7 @@ signatures and fates of its documents, which later domains are compared with.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from btm.corpus.dedup import DocumentSet
 from btm.corpus.encode import SPLITS
 from btm.corpus.shards import shard_paths
 from btm.corpus.sources import DomainSource, describe_change
-from btm.corpus.survey import load_documents, survey_settings
+from btm.corpus.survey import DOCUMENT_FILES, load_documents, survey_settings
 from btm.errors import BtmError, DataError
 from btm.files import read_json, sha256_of_file, sha256_of_json, write_json
 from btm.records import DomainInfo
@@ -77,10 +77,10 @@ class Reuse:
     warnings: Sequence[str] = ()
 
 
-def write_records(directory: Path, info: DomainInfo, fates: np.ndarray, record: Provenance) -> None:
+def write_records(directory: Path, info: DomainInfo, fates: np.ndarray, provenance: Provenance) -> None:
     """Write all but the shards and the documents' hashes and signatures to ``directory``."""
     np.save(directory / _FATES, fates, allow_pickle=False)
-    write_json(directory / _RECORD, asdict(record))
+    write_json(directory / _RECORD, asdict(provenance) | {"document_files": _document_files(directory)})
     info.save(directory / INFO_FILE)
 
 
@@ -91,15 +91,18 @@ def load_prepared_documents(directory: Path) -> DocumentSet:
         DataError: If a file is missing or damaged.
     """
     try:
+        if read_json(directory / _RECORD)["document_files"] != _document_files(directory):
+            raise DataError("checksums differ")
         fates = np.load(directory / _FATES, allow_pickle=False)
-        documents = replace(load_documents(directory.name, directory), fates=fates)
-    except (OSError, ValueError, EOFError) as error:
+        return replace(load_documents(directory.name, directory), fates=fates)
+    except (BtmError, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"the prepared domain {directory} is damaged ({error}); remove it and prepare it again"
         ) from None
-    if documents.hashes.shape != fates.shape:
-        raise DataError(f"the prepared domain {directory} is damaged (sizes differ); remove it and prepare it again")
-    return documents
+
+
+def _document_files(directory: Path) -> dict[str, str]:
+    return {name: sha256_of_file(directory / name) for name in (*DOCUMENT_FILES, _FATES)}
 
 
 def prepared_domains(corpus_dir: Path) -> list[str]:
@@ -121,7 +124,8 @@ def look_for(directory: Path, settings: dict[str, Any], earlier: Sequence[Docume
     if not (directory / INFO_FILE).is_file():
         return Reuse(None)
     try:
-        info, record = DomainInfo.load(directory / INFO_FILE), Provenance(**read_json(directory / _RECORD))
+        info, stored = DomainInfo.load(directory / INFO_FILE), read_json(directory / _RECORD)
+        record = Provenance(**{field.name: stored[field.name] for field in fields(Provenance)})
         if record.settings != settings:
             return Reuse(None, _difference(record.settings, settings))
         for other in earlier:
@@ -130,7 +134,7 @@ def look_for(directory: Path, settings: dict[str, Any], earlier: Sequence[Docume
         if fingerprint(directory, settings) != info.fingerprint:
             return Reuse(None, "its files are damaged")
         load_prepared_documents(directory)
-    except (BtmError, OSError, AttributeError, TypeError) as error:
+    except (BtmError, OSError, AttributeError, KeyError, TypeError) as error:
         return Reuse(None, f"its files are damaged ({error})")
     return Reuse(info, warnings=record.warnings)
 
