@@ -122,8 +122,9 @@ def place_experts(affinity_LEE: torch.Tensor, num_ranks: int, *, num_rounds_max:
 def renumber_experts(layer: RoutedLayer, rank_E: torch.Tensor) -> torch.Tensor:
     """Renumber a layer's experts in place so that consecutive ids lie on one rank.
 
-    With renormalised weights the outputs stay bit-identical; otherwise the softmax over all experts sums in another
-    order, and outputs stay equal up to its rounding.
+    With renormalised weights, and as many experts as fill vectors (multiples of 16), the outputs stay bit-identical.
+    Otherwise the router's softmax or matrix product may round differently in another order, and outputs stay equal up
+    to that.
 
     Args:
         layer: A layer with a `TopKRouter` and `SwigluExperts`.
