@@ -67,9 +67,12 @@ def train(spec: TrainSpec, ranks: Ranks, stop_requested: StopRequest) -> bool:
     with _owning(Path(spec.output_dir), ranks):
         check_output(spec, ranks)
         trainer = prepare_trainer(spec, ranks, stop_requested)
+        _say(ranks, _beginning(spec, trainer))
         if not trainer.train():
+            _say(ranks, f"stopped on request after update {trainer.progress.update}; a checkpoint of it is written")
             return False
         _finish(spec, trainer)
+        _say(ranks, f"done: update {trainer.progress.update}, {trainer.progress.tokens} tokens")
     return True
 
 
@@ -106,6 +109,20 @@ def main(arguments: Sequence[str]) -> int:
             f"cannot write {error.filename or 'a file of the run'}: {error.strerror}; make room and run again"
         )
     return EXIT_DONE if is_done else EXIT_PREEMPTED
+
+
+def _beginning(spec: TrainSpec, trainer: Trainer) -> str:
+    engine = trainer.engine
+    return (
+        f"training {spec.name}: {engine.num_parameters} parameters in {spec.engine.dtype}, updates "
+        f"{trainer.progress.update + 1} to {spec.last_update}, {engine.ranks.size} x {engine.ranks.device} with "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def _say(ranks: Ranks, message: str) -> None:
+    if ranks.is_main:
+        logger.info("%s", message)
 
 
 def _finish(spec: TrainSpec, trainer: Trainer) -> None:
