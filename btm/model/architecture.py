@@ -50,7 +50,10 @@ def transformers_config(config: ModelConfig, *, vocab_size: int, eos_id: int) ->
 
 def _own_names(arch: str, values: dict[str, Any]) -> dict[str, Any]:
     config_class = CONFIG_MAPPING[arch]
-    if hasattr(config_class(), "head_dim"):
+    defaults = vars(config_class())
+    no_dropout = {name: 0.0 for name, value in defaults.items() if "drop" in name and isinstance(value, float)}
+    values = values | no_dropout
+    if "head_dim" in defaults:
         values = values | {"head_dim": values["hidden_size"] // values["num_attention_heads"]}
     other = _OTHER_NAMES.get(arch, {})
     renamed = {}

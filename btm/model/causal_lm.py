@@ -80,7 +80,7 @@ def load_model(
     _check_directory(folder)
     try:
         with _without_progress_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -88,6 +88,7 @@ def load_model(
                 local_files_only=True,
                 output_loading_info=True,
             )
+            model, info = loaded
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
@@ -154,7 +155,7 @@ def flops_per_token(model: PreTrainedModel | TransformersConfig, sequence_length
     """
     if isinstance(model, TransformersConfig):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model, dtype=torch.float32)
+            return flops_per_token(AutoModelForCausalLM.from_config(model, dtype=torch.float32), sequence_length)
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads

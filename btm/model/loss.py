@@ -1,10 +1,26 @@
 """Next-token losses that never hold the logits of all tokens at once."""
 
+import inspect
+from typing import Any
+
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from btm.errors import ConfigError
+from btm.model.linear_cross_entropy import linear_cross_entropy_rows, linear_cross_entropy_sum
+from btm.model.patches import SEGMENTS, carries_segments
+
 IGNORED = -100
+"""Target that is not scored."""
+LINEAR_HEADS = frozenset(
+    {"gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
+)
+"""``model_type`` of architectures whose logits are the last hidden states times the output head and nothing else.
+
+All others go through their own forward, and their logits are in memory for one micro-batch (training) or one sequence
+(scoring)."""
 
 
 def positions_of(segments: torch.Tensor) -> torch.Tensor:
@@ -39,14 +55,19 @@ def token_losses(
 
     Returns:
         fp32 [B, T] nats, 0 where the target is -100.
+
+    Raises:
+        ConfigError: If ``segments`` are given and the architecture has no positions that could restart.
     """
     with torch.no_grad():
-        rows = []
-        for row in range(inputs.shape[0]):
-            part = None if segments is None else segments[row : row + 1]
-            logits = _logits(model, inputs[row : row + 1], part)
-            rows.append(_nll(logits, targets[row : row + 1]))
-        return torch.cat(rows)
+        head = _linear_head(model)
+        if head is None:
+            rows = [_row_losses(model, inputs, targets, segments, row) for row in range(inputs.shape[0])]
+            return torch.cat(rows)
+        hidden, kept = _hidden(model, inputs, targets, segments)
+        losses = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+        losses[kept] = linear_cross_entropy_rows(hidden, head, targets[kept])
+        return losses
 
 
 def loss_sum(
@@ -64,9 +85,63 @@ def loss_sum(
         segments: [B, T] document number of each input; no attention crosses documents and positions restart.
 
     Returns:
-        fp32 scalar, nats.
+        fp32 scalar, nats; its gradient can be taken once.
+
+    Raises:
+        ConfigError: If ``segments`` are given and the architecture has no positions that could restart.
     """
-    return _nll(_logits(model, inputs, segments), targets).sum()
+    head = _linear_head(model)
+    if head is None:
+        return _nll(_logits(model, inputs, segments), targets).sum()
+    hidden, kept = _hidden(model, inputs, targets, segments)
+    return linear_cross_entropy_sum(hidden, head, targets[kept])
+
+
+def _linear_head(model: PreTrainedModel) -> torch.Tensor | None:
+    """Weight of the output head where the logits are its product with the last hidden states and nothing else."""
+    head: Any = model.get_output_embeddings()
+    if model.config.model_type not in LINEAR_HEADS or type(head) is not nn.Linear or head.bias is not None:
+        return None
+    return head.weight
+
+
+def _hidden(
+    model: PreTrainedModel, inputs: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [R, C] of the tokens that have a target, and the mask [B, T] of these."""
+    states = model.base_model(input_ids=inputs, use_cache=False, **_segment_arguments(model, segments))
+    kept = targets != IGNORED
+    hidden = states.last_hidden_state
+    return (hidden.flatten(0, 1) if bool(kept.all()) else hidden[kept]), kept
+
+
+def _segment_arguments(model: PreTrainedModel, segments: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    if segments is None:
+        return {}
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise ConfigError(
+            [
+                f"train.packing=documents needs positions that restart, which {model.config.model_type!r} models do "
+                f"not take; use train.packing=blocks"
+            ]
+        )
+    arguments = {"position_ids": positions_of(segments)}
+    if carries_segments(model):
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        arguments["attention_mask"] = same.tril()
+        arguments[SEGMENTS] = segments.int()
+    return arguments
+
+
+def _row_losses(
+    model: PreTrainedModel,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    segments: torch.Tensor | None,
+    row: int,
+) -> torch.Tensor:
+    part = slice(row, row + 1)
+    return _nll(_logits(model, inputs[part], None if segments is None else segments[part]), targets[part])
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -77,6 +152,4 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _logits(model: PreTrainedModel, inputs: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
-    if segments is None:
-        return model(input_ids=inputs, use_cache=False).logits
-    return model(input_ids=inputs, position_ids=positions_of(segments), use_cache=False).logits
+    return model(input_ids=inputs, use_cache=False, **_segment_arguments(model, segments)).logits
