@@ -4,6 +4,7 @@ The domains are taken from the installed packages that this program depends on. 
 decided by hashes of their names, so that the same installation always gives the same documents.
 """
 
+import importlib.util
 import os
 import re
 import sys
@@ -123,9 +124,11 @@ def _as_it_is(text: str) -> str:
 
 
 def _roots() -> list[Path]:
-    """Folders that hold the installed packages."""
-    paths = dict.fromkeys(sysconfig.get_paths()[key] for key in ("purelib", "platlib"))
-    return [Path(path) for path in paths if os.path.isdir(path)]
+    """Folders that hold the installed packages: this environment's, and where else our dependencies are found."""
+    paths = [Path(sysconfig.get_paths()[key]) for key in ("purelib", "platlib")]
+    specs = [importlib.util.find_spec(package) for package in ("numpy", "ray", "sympy", "torch", "transformers")]
+    paths += [Path(spec.origin).parent.parent for spec in specs if spec and spec.origin]
+    return list(dict.fromkeys(path.resolve() for path in paths if path.is_dir()))
 
 
 def _files(kind: _Kind, name: str) -> Iterable[Path]:
