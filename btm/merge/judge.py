@@ -1,12 +1,11 @@
 """Dev loss of a model directory: the judge of a greedy soup."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from btm.errors import MergeError
 from btm.merge.model_files import CONFIG_NAME, read_json_object
-from btm.records import MergeSpec, ScoreSpec
+from btm.records import MergeSpec, ScoreSource
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions")
 
@@ -25,24 +24,33 @@ def dev_judge(spec: MergeSpec) -> Callable[[Path], float] | None:
     if spec.domain is not None and dev.key != f"dev-{spec.domain}":
         raise MergeError(f"the dev split {dev.key} is not of the target domain {spec.domain}; give dev-{spec.domain}")
 
-    def judge(directory: Path) -> float:
-        from btm.evaluate.score import load_scores, score
+    return lambda directory: _mean_loss(directory, spec, dev)
 
-        with tempfile.TemporaryDirectory(prefix="btm-judge-") as scratch:
-            score(
-                ScoreSpec(
-                    name="judge",
-                    model_dir=str(directory),
-                    model_sha256="",
-                    sources=[dev],
-                    output_dir=scratch,
-                    sequence_length=min(spec.sequence_length, _positions(directory)),
-                    batch_sequences=spec.batch_sequences,
-                )
-            )
-            return -float(load_scores(scratch, dev.key).logp.mean(dtype="float64"))
 
-    return judge
+def _mean_loss(directory: Path, spec: MergeSpec, dev: ScoreSource) -> float:
+    import torch
+
+    from btm.corpus.shards import TokenShard
+    from btm.corpus.windows import document_windows
+    from btm.model.causal_lm import load_model
+    from btm.model.loss import token_losses
+
+    shard = TokenShard(dev.prefix)
+    windows = document_windows(
+        shard,
+        sequence_length=min(spec.sequence_length, _positions(directory)),
+        eos_id=int(shard.document(0)[-1]),
+        max_tokens=dev.max_tokens,
+        max_documents=dev.max_documents,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(directory, torch.bfloat16).to(device)  # pyright: ignore[reportArgumentType]
+    total = 0.0
+    for begin in range(0, len(windows.inputs), spec.batch_sequences):
+        rows = slice(begin, begin + spec.batch_sequences)
+        inputs, targets = (torch.from_numpy(part[rows]).to(device) for part in (windows.inputs, windows.targets))
+        total += float(token_losses(model, inputs, targets).double().sum())
+    return total / len(windows.token_ids)
 
 
 def _positions(directory: Path) -> int:
