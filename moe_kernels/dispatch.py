@@ -9,6 +9,7 @@ import math
 import torch
 
 from moe_kernels.errors import check_choice, check_range
+from moe_kernels.selection import sort_copies
 from moe_kernels.types import Dispatch, Routing
 
 PRIORITIES = ("position", "weight")
@@ -22,15 +23,15 @@ def dispatch(x_TD: torch.Tensor, routing: Routing) -> Dispatch:
         routing: Where they go.
 
     Returns:
-        The rows sorted by expert, then token; differentiable in the states and the weights.
+        The rows sorted by expert, within one in the order of the routing; differentiable in the states and weights.
     """
-    order_N = torch.argsort(routing.expert_N * max(1, routing.num_tokens) + routing.token_N, stable=True)
+    order_N, row_N, counts_E = sort_copies(routing.expert_N, routing.num_experts)
     return Dispatch(
         rows_ND=x_TD.index_select(0, routing.token_N[order_N]),
-        counts_E=routing.expert_counts(),
+        counts_E=counts_E,
         token_N=routing.token_N,
         weight_N=routing.weight_N,
-        row_N=torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device)),
+        row_N=row_N,
         num_tokens=routing.num_tokens,
     )
 

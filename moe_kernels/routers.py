@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_kernels.assignment import assign_balanced
 from moe_kernels.errors import check_choice, check_range
+from moe_kernels.selection import top_experts, top_tokens
 from moe_kernels.types import Routing, TokenInfo
 
 SCORES = ("softmax", "sigmoid")
@@ -65,7 +66,7 @@ class TopKRouter(nn.Module):
         is_real_T = info.real(num_tokens, x_TD.device)
         logits_TE = logits_of(x_TD, self.weight_ED)
         scores_TE = _scores(logits_TE, self.score)
-        expert_TK = scores_TE.detach().topk(self.experts_per_token, dim=1).indices
+        expert_TK = top_experts(logits_TE, self.experts_per_token)
         weight_TK = self._weights(logits_TE, scores_TE, expert_TK)
         token_TK = torch.arange(num_tokens, device=x_TD.device).unsqueeze(1).expand_as(expert_TK)
         return Routing(
@@ -128,7 +129,7 @@ class ExpertChoiceRouter(nn.Module):
         scores_TE = _scores(logits_TE, self.score)
         real_N = is_real_T.nonzero().squeeze(1)
         capacity = min(real_N.numel(), max(1, math.ceil(self.capacity_factor * real_N.numel() / num_experts)))
-        place_EC = scores_TE.detach()[real_N].t().topk(capacity, dim=1).indices
+        place_EC = top_tokens(scores_TE.detach()[real_N], capacity)
         token_N = real_N[place_EC.reshape(-1)]
         expert_N = torch.arange(num_experts, device=x_TD.device).repeat_interleave(capacity)
         return Routing(

@@ -117,7 +117,7 @@ class Dispatch:
     """Token states in the order of their experts, and what is needed to bring the results back."""
 
     rows_ND: torch.Tensor
-    """Copies of token states ``(N, D)``, sorted by expert, within an expert by token."""
+    """Copies of token states ``(N, D)``, sorted by expert, within an expert in the order of the routing."""
     counts_E: torch.Tensor
     """Rows per expert ``(E,)``, int64."""
     token_N: torch.Tensor

@@ -1,6 +1,8 @@
 """Every code block of the package's README runs, and stays short."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,13 @@ def test_block_runs(block):
 
 def test_there_are_blocks():
     assert len(BLOCKS) == 6
+
+
+def test_the_package_loads_torch_and_nothing_of_ours_or_of_others():
+    others = {"btm", "launch", "transformers", "scipy", "ray", "triton", "hydra"}
+    code = f"import sys, moe_kernels, moe_kernels.placement; print(sorted({others} & set(sys.modules)))"
+    root = Path(moe_kernels.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
