@@ -18,6 +18,7 @@ from moe_kernels.errors import MoeError, check_choice
 from moe_kernels.native import load_library
 
 METHODS = ("exact", "auction")
+_ROWS_PER_PASS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +70,16 @@ def replace_nonfinite(scores_TE: torch.Tensor) -> tuple[torch.Tensor, int]:
     Returns:
         The scores, and how many were replaced. Without any finite score all become 0.
     """
-    bad_TE = ~torch.isfinite(scores_TE)
-    count = int(bad_TE.sum())
+    count, low, high = 0, torch.inf, -torch.inf
+    for part in scores_TE.split(_ROWS_PER_PASS):  # parts that stay in the cache
+        bad = ~torch.isfinite(part)
+        count += int(bad.sum())
+        low = min(low, float(part.masked_fill(bad, torch.inf).min()))
+        high = max(high, float(part.masked_fill(bad, -torch.inf).max()))
     if count == 0:
         return scores_TE, 0
-    finite = scores_TE[~bad_TE]
-    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
+    if low > high:
+        low = high = 0.0
     return torch.nan_to_num(scores_TE, nan=low, posinf=high, neginf=low), count
 
 

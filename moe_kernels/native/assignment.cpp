@@ -9,12 +9,12 @@
 namespace moe {
 
 // Odd strides, so that a sample meets every phase of data laid out in powers of two.
-constexpr int64_t kSteps[] = {101, 23, 5};
+constexpr int64_t kSteps[] = {61, 7};
 
 // The price at which a few hundred tokens would fill each expert if it stood alone.
 template <class Score>
 void first_prices(const Rows<Score>& rows, std::vector<double>& price) {
-    const int64_t stride = std::max<int64_t>(1, rows.tokens / std::max<int64_t>(4 * rows.experts, 128));
+    const int64_t stride = std::max<int64_t>(1, rows.tokens / std::max<int64_t>(2 * rows.experts, 128));
     std::vector<Score> column;
     for (int64_t e = 0; e < rows.experts; ++e) {
         column.clear();
@@ -62,13 +62,13 @@ void assign(const Score* scores, int64_t tokens, int64_t experts, int threads, b
         if (!has_prices) first_prices(sample, price);
         has_prices = true;
         best.resize(sample.tokens);
-        balance_prices(sample, threads, 12, sample.tokens / 64, price, best, load);
+        balance_prices(sample, threads, 6, sample.tokens / 64, price, best, load);
         if (overflow(load, sample.tokens) > sample.tokens / 16) Repair<Score>(sample, price, best, load).run();
     }
     const Rows<Score> all{scores, tokens, experts, 1};
     if (!has_prices) first_prices(all, price);
     best.resize(tokens);
-    sweeps = balance_prices(all, threads, 6, tokens / 256, price, best, load);
+    sweeps = balance_prices(all, threads, 6, std::max(tokens / 256, experts), price, best, load);
     const int64_t over = overflow(load, tokens);
     paths = Repair<Score>(all, price, best, load).run();
     std::copy(best.first.begin(), best.first.end(), expert_of);

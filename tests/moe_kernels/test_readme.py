@@ -21,7 +21,7 @@ def test_block_runs(block):
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def test_the_package_loads_torch_and_nothing_of_ours_or_of_others():
