@@ -4,8 +4,7 @@ Clients (:class:`launch.fork_client.ForkServer`) start it with one end of a sock
 nowhere. It imports the modules it is told to once; a child is then a fork, ready in milliseconds, with a session,
 cores, environment and log of its own. It stays single-threaded, so that forking is safe; should an import start
 threads all the same, children get fresh interpreters instead. When the client's end closes, or the client's process is
-gone, it kills every child with all of its process group and ends; when it is killed itself, the kernel kills the
-children.
+gone, it kills every child with all of its process group and ends; when it is killed itself, a guard does that.
 """
 
 import contextlib
@@ -38,16 +37,48 @@ _HEARTBEAT_S = 0.5
 _REAP_TIMEOUT_S = 5.0
 
 
+class Guard:
+    """A second process that outlives a killed server by moments, to kill the process groups of its children.
+
+    The kernel kills the children themselves with the server, but not what they have started.
+
+    Args:
+        descriptor: File descriptor that the guard closes: its copy of the server's connection.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        read_end, self._write_end = os.pipe()
+        if os.fork() == 0:
+            os.close(self._write_end)
+            os.close(descriptor)
+            os.setsid()
+            _kill_when_closed(read_end)
+            os._exit(0)
+        os.close(read_end)
+
+    def enter_child(self) -> None:
+        """In a new child, which leads a process group by now: tell of the group."""
+        os.write(self._write_end, b"+%d\n" % os.getpid())
+        os.close(self._write_end)
+
+    def forget(self, pid: int) -> None:
+        """Leave the group of ``pid`` alone from now on: it is gone, and its number may be given to others."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._write_end, b"-%d\n" % pid)
+
+
 class Server:
     """The loop of the fork server.
 
     Args:
         channel: Connection to the client.
         parent_pid: Process id of the client.
+        guard: Is told of every child.
     """
 
-    def __init__(self, channel: socket.socket, parent_pid: int) -> None:
+    def __init__(self, channel: socket.socket, parent_pid: int, guard: Guard) -> None:
         self._channel = channel
+        self._guard = guard
         self._parent_pid = parent_pid
         self._buffer = MessageBuffer()
         self._children: dict[int, int] = {}
@@ -112,6 +143,7 @@ class Server:
         if os.getppid() != server_pid:
             os._exit(1)
         os.setsid()
+        self._guard.enter_child()
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
@@ -148,6 +180,7 @@ class Server:
             identity = self._children.pop(ended.si_pid, None)
             if identity is not None:
                 _kill_group(ended.si_pid)
+                self._guard.forget(ended.si_pid)
             _, status = os.waitpid(ended.si_pid, 0)
             if identity is not None:
                 self._send({"id": identity, "exit": os.waitstatus_to_exitcode(status)})
@@ -192,11 +225,13 @@ def run_child(spec: ProcessSpec) -> None:
     if not spec.is_forked:
         command = interpreter_command(spec)
         paths = [*spec.env.get("PYTHONPATH", "").split(os.pathsep), added_import_path(sys.path)]
-        os.execve(command[0], command, {**spec.env, "PYTHONPATH": os.pathsep.join(path for path in paths if path)})
+        added = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+        os.execve(command[0], command, {**spec.env, **added})
     os.environ.clear()
     os.environ.update(spec.env)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+        # Whole lines: several processes append to one log.
+        stream.reconfigure(line_buffering=True, write_through=False)  # pyright: ignore[reportAttributeAccessIssue]
     _refresh_libraries(spec.num_threads)
     sys.argv = [spec.module, *spec.arguments]
     runpy.run_module(spec.module, run_name="__main__", alter_sys=True)
@@ -211,6 +246,15 @@ def _refresh_libraries(num_threads: int) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()
+
+
+def _kill_when_closed(read_end: int) -> None:
+    groups: set[int] = set()
+    with open(read_end, encoding="ascii") as lines:
+        for line in lines:
+            (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+    for group in groups:
+        _kill_group(group)
 
 
 def _kill_group(pid: int) -> None:
@@ -231,7 +275,8 @@ def main(arguments: Sequence[str]) -> None:
         arguments: File descriptor of the channel, process id of the client, and the modules to preload.
     """
     descriptor, parent_pid, *modules = arguments
-    server = Server(socket.socket(fileno=int(descriptor)), int(parent_pid))
+    guard = Guard(int(descriptor))
+    server = Server(socket.socket(fileno=int(descriptor)), int(parent_pid), guard)
     failures = preload(modules)
     spec: ProcessSpec | None = None
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):

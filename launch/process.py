@@ -88,7 +88,6 @@ def rank_environment(
     num_threads = max(1, len(allocation.cores) // task.num_processes)
     return {
         **env,
-        "PYTHONUNBUFFERED": "1",
         _THREAD_VARIABLE: str(num_threads),
         "CUDA_VISIBLE_DEVICES": ",".join(allocation.gpus),
         **task.env,

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from launch.process import check_task
+from launch.process import added_import_path, check_task
 from launch.ray_session import PrivateSession, end_processes, termination_handler_kept
 from launch.resources import available_cores, available_gpus, nodes_problem
 from launch.supervisor import Supervisor, absolute
@@ -39,11 +40,6 @@ class _Running:
     started: Any
     ended: Any
     is_cancelled: bool = False
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """CPUs and GPUs."""
-        return self.task.num_cpus, self.task.num_gpus
 
 
 class RayExecutor:
@@ -128,6 +124,8 @@ class RayExecutor:
     def poll(self) -> dict[str, Status]:
         """Status of every task submitted so far, by name; starts queued tasks that now fit. Never blocks for long."""
         for name, running in list(self._running.items()):
+            if self._running.get(name) is not running:
+                continue  # it was given another's place in this very loop
             self._statuses[name] = self._look_at(name, running)
             if self._statuses[name].is_final:
                 self._hand_on(self._running.pop(name), self._statuses[name])
@@ -189,7 +187,7 @@ class RayExecutor:
                     object_store_memory=_OBJECT_STORE_BYTES,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    _temp_dir=str(self.session.directory),
+                    _temp_dir=str(self.session.ray_dir),
                 )
         except BaseException:
             self._stop_ray()
@@ -238,7 +236,7 @@ class RayExecutor:
             num_gpus=task.num_gpus,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=0),
-        ).remote(os.getcwd(), self._preload, self._grace_s)
+        ).remote(os.getcwd(), import_path=added_import_path(sys.path), preload=self._preload, grace_s=self._grace_s)
         return self._run(task, placement, placement.ready(), actor)
 
     def _run(self, task: Task, placement: Any, placed: Any, actor: Any) -> _Running:
@@ -248,7 +246,7 @@ class RayExecutor:
     def _hand_on(self, free: _Running, status: Status) -> None:
         # Ray looks at a waiting placement group about once a second, and a new actor takes half of one.
         successor = None if self._is_closed or status.state is not State.succeeded else self._next_task()
-        if successor is None or (successor.num_cpus, successor.num_gpus) != free.size:
+        if successor is None or (successor.num_cpus, successor.num_gpus) != (free.task.num_cpus, free.task.num_gpus):
             self._release(free)
             return
         if successor.name in self._running:
@@ -272,8 +270,8 @@ class RayExecutor:
         except RayError as error:
             if running.is_cancelled:
                 return Status(name=name, state=State.cancelled, reason="cancelled; its actor died")
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            line = lines[-1 if isinstance(error, RayTaskError) else 0]
+            lines = [line for line in str(error).strip().splitlines() if not line.startswith("\t")]
+            line = " ".join(lines[-1:] if isinstance(error, RayTaskError) else lines[:2])
             return Status(name=name, state=State.failed, reason=f"the Ray actor that ran it failed: {line}")
 
     def _release(self, running: _Running) -> None:

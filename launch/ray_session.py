@@ -1,7 +1,8 @@
 """Everything around a private Ray but Ray itself: its folder, its token, its environment and its processes.
 
 Ray 2.60 listens on all interfaces, writes its token readable for all and makes its folders writable for all; so the
-token and the folders are put into a directory that only this user can enter.
+token and the folders are put into a directory that only this user can enter. Ray's own folder is one below that: it
+opens also the one that it is given.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -17,16 +20,21 @@ from pathlib import Path
 
 import psutil
 
+from launch.process import added_import_path
+from launch.ray_guard import DISMISSED
+
 _PREFIX = "launch-ray-"
 _LOCK_NAME = "lock"
 _MAX_SOCKET_PATH_BYTES = 107
 # What Ray appends for its longest socket: session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store.<n>
-_LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.10"
+_LONGEST_SOCKET = "r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.10"
 _END_TIMEOUT_S = 10.0
 
 
 class PrivateSession:
     """Private directory (0700) with a fresh token file (0600), and the environment that makes Ray use them.
+
+    A guard (:mod:`launch.ray_guard`) clears up when this process is killed.
 
     Args:
         parent: Where the directory is made; None tries the temporary directory, then ``/tmp``. The path must be short.
@@ -41,11 +49,22 @@ class PrivateSession:
         self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=chosen))
         self._lock = os.open(self.directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.ray_dir = self.directory / "r"
+        self.ray_dir.mkdir(mode=0o700)
         self.token_path = self.directory / "token"
         descriptor = os.open(self.token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
         self._saved_env = _ray_variables()
+        self._guard = subprocess.Popen(
+            [sys.executable, "-P", "-m", "launch.ray_guard"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": added_import_path(sys.path)},
+        )
+        self._tell_guard(os.fsencode(self.directory))
 
     def enter_environment(self) -> None:
         """Set the variables that make Ray ask for the token, and nothing that points to another Ray."""
@@ -69,11 +88,20 @@ class PrivateSession:
         return _descendants(psutil.Process().children(), str(self.directory))
 
     def remove(self) -> None:
-        """Delete the directory. Idempotent."""
+        """Delete the directory and dismiss the guard. Idempotent."""
+        if self._lock < 0:
+            return
         shutil.rmtree(self.directory, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        os.close(self._lock)
+        self._lock = -1
+        self._tell_guard(DISMISSED)
+        self._guard.communicate()
+
+    def _tell_guard(self, line: bytes) -> None:
+        assert self._guard.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._guard.stdin.write(line + b"\n")
+            self._guard.stdin.flush()
 
 
 @contextlib.contextmanager

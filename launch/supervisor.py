@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +25,15 @@ class Supervisor:
 
     Args:
         working_dir: Directory to run in, when this node has it.
+        import_path: Where the driver looks for modules, beyond what every interpreter has (``os.pathsep`` between).
         preload: Modules imported once for all processes of its tasks.
         grace_s: Seconds between TERM and KILL when a process has failed.
     """
 
-    def __init__(self, working_dir: str, preload: Sequence[str] = (), grace_s: float = 10.0) -> None:
+    def __init__(
+        self, working_dir: str, *, import_path: str = "", preload: Sequence[str] = (), grace_s: float = 10.0
+    ) -> None:
+        sys.path += [path for path in import_path.split(os.pathsep) if path and path not in sys.path]
         with contextlib.suppress(OSError):
             os.chdir(working_dir)
         self._grace_s = grace_s

@@ -217,10 +217,7 @@ def test_nothing_survives_a_killed_driver(tmp_path, how, two_cores):
     helpers = [int((tmp_path / f"{name}.helper").read_text(encoding="utf-8")) for name in ("first", "second")]
     driver.kill()
     if how == "server killed too":
-        # Then only the ranks can be sure to die: nobody is left to end the helpers that they started.
         os.kill(server, signal.SIGKILL)
-        for helper in helpers:
-            os.kill(helper, signal.SIGKILL)
     driver.wait()
     for pid in [*pids, *helpers, server]:
         until(lambda pid=pid: is_gone(pid), timeout_s=5)

@@ -33,7 +33,6 @@ def test_the_environment_of_a_rank():
     assert rank_environment(given_task, 1, allocation, env=env, rendezvous_file="/r") == {
         "HOME": "/h",
         "A": "inner",
-        "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "2",
         "CUDA_VISIBLE_DEVICES": "GPU-a",
         "RANK": "1",

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,11 +35,7 @@ def parent():
     path = Path("/tmp") / f"t{os.getpid()}"
     path.mkdir()
     yield path
-    for leftover in path.glob("*/*"):
-        leftover.unlink()
-    for leftover in path.glob("*"):
-        leftover.rmdir()
-    path.rmdir()
+    shutil.rmtree(path)
 
 
 def test_directory_and_token_are_private_and_fresh(parent):
@@ -134,3 +131,26 @@ def test_the_handler_of_term_is_put_back():
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_the_guard_clears_up_after_a_killed_owner_and_spares_strangers(parent):
+    directory = parent / "private\ndir"
+    directory.mkdir()
+    code = "import sys, time; f = open(sys.argv[1] + '/log', 'w'); print(flush=True); time.sleep(60)"
+
+    def start(title):
+        command = [title, "-c", code, str(directory)]
+        process = subprocess.Popen(command, executable=sys.executable, stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"\n"
+        return process
+
+    ours, reader = start("ray::Worker"), start("tail")
+    guard = [sys.executable, "-m", "launch.ray_guard"]
+    subprocess.run(guard, input=os.fsencode(directory) + b"\ndismissed\n", check=True)
+    assert directory.exists()
+    subprocess.run(guard, input=os.fsencode(directory) + b"\n", check=True)
+    assert not directory.exists()
+    assert ours.wait(5) == -signal.SIGKILL
+    assert reader.poll() is None
+    reader.kill()
+    reader.wait()

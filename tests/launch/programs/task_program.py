@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 
-def note(path: str) -> None:
+def note(path: str, *_: str) -> None:
     """Leave facts about this process in ``path``, in one step."""
     torch = sys.modules.get("torch")
     facts = {
