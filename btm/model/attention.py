@@ -28,7 +28,7 @@ def _softmax(scores: torch.Tensor, begin: int, segments: torch.Tensor | None, he
     rows, cols = scores.shape[1:]
     native = usable(scores)
     if native:
-        part = None if segments is None else segments[:, :cols].contiguous()
+        part = None if segments is None else segments[:, :cols].int().contiguous()
         native.call("softmax_forward", scores.dtype, scores, scores.shape[0], rows, cols, begin, part, heads)
         return scores
     index = torch.arange(cols, device=scores.device)
@@ -103,12 +103,20 @@ def causal_attention(
         key: [B, G, T, D]; H is a multiple of G (grouped-query attention, https://arxiv.org/abs/2305.13245).
         value: Like ``key``.
         scaling: Factor of the scores.
-        segments: int32 [B, T] document number of each token; None is one document per row.
+        segments: int [B, T] document number of each token, contiguous in a row; None is one document per row.
 
     Returns:
         [B, T, H, D]. Scores and probabilities have the type of ``query``; sums are in fp32.
+
+    Raises:
+        ValueError: If shapes do not fit.
     """
-    groups = query.shape[1] // key.shape[1]
+    batch, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    if key.shape != (batch, heads // groups, length, width) or value.shape != key.shape:
+        raise ValueError(f"key {list(key.shape)} and value {list(value.shape)} do not fit query {list(query.shape)}")
+    if segments is not None and segments.shape != (batch, length):
+        raise ValueError(f"segments must be [{batch}, {length}], got {list(segments.shape)}")
     if groups > 1:
         key, value = (item.repeat_interleave(groups, dim=1) for item in (key, value))
     return _CausalAttention.apply(query, key, value, segments, scaling)

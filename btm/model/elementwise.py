@@ -64,8 +64,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Returns:
         [..., C] of x's type; sums are in fp32.
+
+    Raises:
+        ValueError: If shapes or types do not fit.
     """
-    return _RmsNorm.apply(x, weight, eps)
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+        raise ValueError(f"weight {weight.dtype} {list(weight.shape)} does not fit x {x.dtype} {list(x.shape)}")
+    return _RmsNorm.apply(x, weight.contiguous(), eps)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -94,7 +99,9 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` (https://arxiv.org/abs/2002.05202); both of one shape and type."""
+    """``silu(gate) * up`` (https://arxiv.org/abs/2002.05202); both of one shape and type, else a ``ValueError``."""
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate {gate.dtype} {list(gate.shape)} and up {up.dtype} {list(up.shape)} must be alike")
     return _SwiGlu.apply(gate, up)
 
 
@@ -144,5 +151,12 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Returns:
         [B, H, T, D], contiguous.
+
+    Raises:
+        ValueError: If shapes or types do not fit.
     """
+    batch, length, _, width = x.shape
+    allowed = [(1, length, width), (batch, length, width)]
+    if cos.shape not in allowed or sin.shape != cos.shape or not cos.dtype == sin.dtype == x.dtype or width % 2:
+        raise ValueError(f"cos and sin {cos.dtype} {list(cos.shape)} do not fit x {x.dtype} {list(x.shape)}")
     return _Rotary.apply(x, cos, sin)

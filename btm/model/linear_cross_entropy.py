@@ -18,7 +18,13 @@ def _chunk_rows(vocab_size: int) -> int:
     return max(16, _CHUNK_ELEMENTS // vocab_size)
 
 
-def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
+def _check(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
+    if hidden.dtype != weight.dtype or targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"hidden {hidden.dtype} {list(hidden.shape)}, weight {weight.dtype} and targets {targets.dtype} "
+            f"{list(targets.shape)} do not fit: hidden and weight share a type, targets are one int64 per row"
+        )
+    vocab_size = weight.shape[0]
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
         raise ValueError(
             f"targets must be in 0 ... {vocab_size - 1}, got {int(targets.min())} ... {int(targets.max())}; tokens and "
@@ -31,7 +37,7 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor, write_grad: bool) -> to
     native = usable(logits)
     if native:
         losses = torch.empty(logits.shape[0])
-        native.call("cross_entropy", logits.dtype, logits, targets, losses, *logits.shape, int(write_grad))
+        native.call("cross_entropy", logits.dtype, logits, targets.contiguous(), losses, *logits.shape, int(write_grad))
         return losses
     wide = logits if logits.dtype == torch.float64 else logits.float()
     log_sum = torch.logsumexp(wide, dim=-1, keepdim=True)
@@ -49,22 +55,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=wide)
-        for begin in range(0, hidden.shape[0], _chunk_rows(weight.shape[0])):
-            part = slice(begin, begin + _chunk_rows(weight.shape[0]))
+        rows = _chunk_rows(weight.shape[0])
+        # One chunk needs no sum in fp32.
+        dweight = torch.zeros_like(weight, dtype=wide if hidden.shape[0] > rows else weight.dtype)
+        for begin in range(0, hidden.shape[0], rows):
+            part = slice(begin, begin + rows)
             logits = torch.mm(hidden[part], weight.t())
             total += _losses(logits, targets[part], True).sum()
             torch.mm(logits, weight, out=dhidden[part])
-            dweight += torch.mm(logits.t(), hidden[part])
-        ctx.gradients = (dhidden, dweight.to(weight.dtype))
+            if hidden.shape[0] > rows:
+                dweight += torch.mm(logits.t(), hidden[part])
+            else:
+                torch.mm(logits.t(), hidden, out=dweight)
+        ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were already taken; compute the loss again")
-        (dhidden, dweight), ctx.gradients = ctx.gradients, None
+        dhidden, dweight = ctx.saved_tensors
         if grads[0].device.type == "cpu" and grads[0].item() == 1.0:
             return dhidden, dweight, None
         scale = grads[0]
@@ -80,12 +89,12 @@ def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, targets
         targets: int64 [R], each in 0 ... V - 1.
 
     Returns:
-        Scalar in nats, fp32 (fp64 for fp64 inputs). Its gradient can be taken once.
+        Scalar in nats, fp32 (fp64 for fp64 inputs).
 
     Raises:
         ValueError: If a target is not in the vocabulary.
     """
-    _check_targets(targets, weight.shape[0])
+    _check(hidden, weight, targets)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, targets)
     return linear_cross_entropy_rows(hidden, weight, targets).sum()
@@ -100,7 +109,7 @@ def linear_cross_entropy_rows(hidden: torch.Tensor, weight: torch.Tensor, target
     Raises:
         ValueError: If a target is not in the vocabulary.
     """
-    _check_targets(targets, weight.shape[0])
+    _check(hidden, weight, targets)
     with torch.no_grad():
         rows = _chunk_rows(weight.shape[0])
         parts = [

@@ -85,7 +85,7 @@ def loss_sum(
         segments: [B, T] document number of each input; no attention crosses documents and positions restart.
 
     Returns:
-        fp32 scalar, nats; its gradient can be taken once.
+        fp32 scalar, nats.
 
     Raises:
         ConfigError: If ``segments`` are given and the architecture has no positions that could restart.

@@ -33,9 +33,10 @@ inline void store(Bf16* p, float value) {
     p->bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
-// exp(x) to 2 ulp for x <= 88; NaN stays NaN, values below -87 give about 1e-38.
+// exp(x) to 2 ulp between -87 and 87, constant outside; NaN stays NaN.
 inline float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x;
+    x = x > 87.0f ? 87.0f : x;
     const float n = std::nearbyint(x * 1.44269504088896341f);
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -51,7 +52,7 @@ inline float fast_exp(float x) {
     return p * scale;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(x > 87.0f ? -87.0f : -x)); }
+inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
 template <typename T>
 void rms_forward(const T* x, const T* w, T* y, float* rstd, i64 rows, i64 cols, float eps) {
