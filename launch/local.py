@@ -2,14 +2,12 @@
 
 import os
 import time
-from collections import deque
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Self
 
 from launch.fork_client import ForkServer
 from launch.group import Group
-from launch.process import check_task
+from launch.queue import TaskQueue, check_num_groups
 from launch.resources import CoreLeases, ResourcePool, available_cores, available_gpus
 from launch.task import State, Status, Task
 
@@ -42,28 +40,22 @@ class LocalExecutor:
         gpus: Sequence[str] | None = None,
         grace_s: float = 10.0,
     ) -> None:
-        if num_groups is not None and num_groups < 1:
-            raise ValueError(f"num_groups must be at least 1, or None for as many as fit; got {num_groups}")
         self._pool = ResourcePool(
             available_cores() if cores is None else cores,
             available_gpus() if gpus is None else gpus,
-            num_groups=num_groups,
+            num_groups=check_num_groups(num_groups),
             leases=CoreLeases(),
         )
         self._preload = tuple(preload)
         self._grace_s = grace_s
         self._server = ForkServer(self._preload)
-        self._queue: deque[Task] = deque()
+        self._queue = TaskQueue()
         self._groups: dict[str, Group] = {}
-        self._statuses: dict[str, Status] = {}
-        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def submit(self, task: Task) -> None:
@@ -74,28 +66,19 @@ class LocalExecutor:
                 has not ended.
             RuntimeError: If the executor is closed.
         """
-        if self._is_closed:
-            raise RuntimeError(f"cannot submit task {task.name!r}: the executor is closed")
-        check_task(task)
-        problem = self._pool.problem(task.num_cpus, task.num_gpus)
-        if problem:
-            raise ValueError(f"task {task.name!r} {problem}")
-        if task.name in self._statuses and not self._statuses[task.name].is_final:
-            raise ValueError(f"task {task.name!r} has not ended; wait for it, cancel it or take another name")
-        self._queue.append(task)
-        self._statuses[task.name] = Status(name=task.name, state=State.queued)
+        self._queue.add(task, problem=self._pool.problem(task.num_cpus, task.num_gpus))
         self._start_what_fits()
 
     def poll(self) -> dict[str, Status]:
         """Status of every task submitted so far, by name; starts queued tasks that now fit. Does not block."""
         self._server.poll()
         for name, group in list(self._groups.items()):
-            self._statuses[name] = group.update()
-            if self._statuses[name].is_final:
+            self._queue.statuses[name] = group.update()
+            if self._queue.statuses[name].is_final:
                 self._pool.release(self._groups.pop(name).allocation)
-        if not self._is_closed:
+        if not self._queue.is_closed:
             self._start_what_fits()
-        return dict(self._statuses)
+        return dict(self._queue.statuses)
 
     def cancel(self, name: str, *, grace_s: float = 10.0) -> None:
         """End a task: TERM to its processes, KILL after ``grace_s``; returns at once. No effect on one that ended.
@@ -103,21 +86,20 @@ class LocalExecutor:
         Raises:
             ValueError: If no task of this name was submitted.
         """
-        if name not in self._statuses:
-            raise ValueError(f"there is no task {name!r}; submitted were: {', '.join(self._statuses) or 'none'}")
+        if self._queue.is_over(name):
+            return
         if name in self._groups:
             self._groups[name].cancel(grace_s)
-        elif not self._statuses[name].is_final:
-            self._queue = deque(task for task in self._queue if task.name != name)
-            self._statuses[name] = Status(name=name, state=State.cancelled, reason="cancelled before it started")
+        else:
+            self._queue.withdraw(name)
 
     def close(self) -> None:
         """Cancel what waits, end what runs (TERM, KILL after ``grace_s``) and the fork server. Idempotent."""
-        if self._is_closed:
+        if self._queue.is_closed:
             return
-        self._is_closed = True
+        self._queue.is_closed = True
         try:
-            for name in [*(task.name for task in self._queue), *self._groups]:
+            for name in [*(task.name for task in self._queue.waiting), *self._groups]:
                 self.cancel(name, grace_s=self._grace_s)
             while self._groups:
                 self.poll()
@@ -128,12 +110,12 @@ class LocalExecutor:
             self.poll()
 
     def _start_what_fits(self) -> None:
-        while self._queue:
-            task = self._queue[0]
+        while self._queue.waiting:
+            task = self._queue.waiting[0]
             allocation = self._pool.acquire(task.num_cpus, task.num_gpus)
             if allocation is None:
                 return
-            self._queue.popleft()
+            self._queue.waiting.popleft()
             self._groups[task.name] = Group(
                 task,
                 allocation,
@@ -141,7 +123,7 @@ class LocalExecutor:
                 env=os.environ,
                 grace_s=self._grace_s,
             )
-            self._statuses[task.name] = Status(name=task.name, state=State.running)
+            self._queue.set(task.name, State.running)
 
     def _living_server(self) -> ForkServer:
         if not self._server.is_alive:

@@ -10,15 +10,14 @@ import logging
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from launch.process import added_import_path, check_task
-from launch.ray_session import PrivateSession, end_processes, termination_handler_kept
+from launch.process import added_import_path
+from launch.queue import TaskQueue, check_num_groups
+from launch.ray_session import PrivateSession, end_processes, termination_handler_kept, unreachable
 from launch.resources import available_cores, available_gpus, nodes_problem
 from launch.supervisor import Supervisor, absolute
 from launch.task import State, Status, Task
@@ -60,6 +59,10 @@ class RayExecutor:
         preload: Modules that each supervisor imports once for the processes of its task.
         session_parent: Short path under which the private directory is made; None is the temporary directory.
         grace_s: Seconds between TERM and KILL when a process of a group has failed, and in :meth:`close`.
+
+    Raises:
+        ConnectionError: If nothing answers at ``address``, or it refuses the token.
+        ValueError: If ``num_groups`` is less than 1, or no directory is short enough for Ray's sockets.
     """
 
     def __init__(
@@ -75,15 +78,11 @@ class RayExecutor:
     ) -> None:
         import ray
 
-        if num_groups is not None and num_groups < 1:
-            raise ValueError(f"num_groups must be at least 1, or None for as many as fit; got {num_groups}")
-        self._num_groups = num_groups
+        self._num_groups = check_num_groups(num_groups)
         self._preload = tuple(preload)
         self._grace_s = grace_s
-        self._queue: deque[Task] = deque()
+        self._queue = TaskQueue()
         self._running: dict[str, _Running] = {}
-        self._statuses: dict[str, Status] = {}
-        self._is_closed = False
         self.session: PrivateSession | None = None
         self._owns_connection = not ray.is_initialized()
         if not self._owns_connection:
@@ -92,15 +91,14 @@ class RayExecutor:
             self.session = PrivateSession(session_parent)
             self._start_ray(num_cpus=len(available_cores()) if num_cpus is None else num_cpus, dashboard=dashboard)
         else:
+            _check_access(address)
             with termination_handler_kept():
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def submit(self, task: Task) -> None:
@@ -111,14 +109,10 @@ class RayExecutor:
                 ended.
             RuntimeError: If the executor is closed.
         """
-        if self._is_closed:
-            raise RuntimeError(f"cannot submit task {task.name!r}: the executor is closed")
-        check_task(task)
-        self._check_size(task)
-        if task.name in self._statuses and not self._statuses[task.name].is_final:
-            raise ValueError(f"task {task.name!r} has not ended; wait for it, cancel it or take another name")
-        self._queue.append(absolute(task))
-        self._statuses[task.name] = Status(name=task.name, state=State.queued)
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._queue.add(absolute(task), problem=nodes_problem(nodes, task.num_cpus, task.num_gpus))
         self._start_what_fits()
 
     def poll(self) -> dict[str, Status]:
@@ -126,12 +120,12 @@ class RayExecutor:
         for name, running in list(self._running.items()):
             if self._running.get(name) is not running:
                 continue  # it was given another's place in this very loop
-            self._statuses[name] = self._look_at(name, running)
-            if self._statuses[name].is_final:
-                self._hand_on(self._running.pop(name), self._statuses[name])
-        if not self._is_closed:
+            self._queue.statuses[name] = self._look_at(name, running)
+            if self._queue.statuses[name].is_final:
+                self._hand_on(self._running.pop(name), self._queue.statuses[name])
+        if not self._queue.is_closed:
             self._start_what_fits()
-        return dict(self._statuses)
+        return dict(self._queue.statuses)
 
     def cancel(self, name: str, *, grace_s: float = 10.0) -> None:
         """End a task: TERM to its processes, KILL after ``grace_s``; returns at once. No effect on one that ended.
@@ -139,25 +133,24 @@ class RayExecutor:
         Raises:
             ValueError: If no task of this name was submitted.
         """
-        if name not in self._statuses:
-            raise ValueError(f"there is no task {name!r}; submitted were: {', '.join(self._statuses) or 'none'}")
+        if self._queue.is_over(name):
+            return
         running = self._running.get(name)
         if running and _is_done(running.started):
             running.is_cancelled = True
             running.actor.cancel.remote(grace_s)
-        elif not self._statuses[name].is_final:
-            self._queue = deque(task for task in self._queue if task.name != name)
-            self._statuses[name] = Status(name=name, state=State.cancelled, reason="cancelled before it started")
-            if running:
-                self._release(self._running.pop(name))
+            return
+        self._queue.withdraw(name)
+        if running:
+            self._release(self._running.pop(name))
 
     def close(self) -> None:
         """Cancel what waits, end what runs, and end a private Ray; a cluster of others is only left. Idempotent."""
-        if self._is_closed:
+        if self._queue.is_closed:
             return
-        self._is_closed = True
+        self._queue.is_closed = True
         try:
-            for name in [*(task.name for task in self._queue), *self._running]:
+            for name in [*(task.name for task in self._queue.waiting), *self._running]:
                 self.cancel(name, grace_s=self._grace_s)
             deadline = time.monotonic() + self._grace_s + _CLOSE_MARGIN_S
             while self._running and time.monotonic() < deadline:
@@ -166,7 +159,7 @@ class RayExecutor:
         finally:
             for name in list(self._running):
                 self._release(self._running.pop(name))
-                self._statuses[name] = Status(name=name, state=State.cancelled, reason="ended with the executor")
+                self._queue.set(name, State.cancelled, "ended with the executor")
             if self._owns_connection:
                 self._stop_ray()
 
@@ -205,22 +198,14 @@ class RayExecutor:
             _forget_token()
             self.session.remove()
 
-    def _check_size(self, task: Task) -> None:
-        import ray
-
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        problem = nodes_problem(nodes, task.num_cpus, task.num_gpus)
-        if problem:
-            raise ValueError(f"task {task.name!r} {problem}")
-
     def _start_what_fits(self) -> None:
         import ray
 
-        while self._queue and (self._num_groups is None or len(self._running) < self._num_groups):
+        while self._queue.waiting and (self._num_groups is None or len(self._running) < self._num_groups):
             waiting = [running.placed for running in self._running.values()]
             if waiting and len(ray.wait(waiting, num_returns=len(waiting), timeout=_PLACEMENT_WAIT_S)[1]) > 0:
                 return
-            task = self._queue.popleft()
+            task = self._queue.waiting.popleft()
             self._running[task.name] = self._place(task)
 
     def _place(self, task: Task) -> _Running:
@@ -245,19 +230,20 @@ class RayExecutor:
 
     def _hand_on(self, free: _Running, status: Status) -> None:
         # Ray looks at a waiting placement group about once a second, and a new actor takes half of one.
-        successor = None if self._is_closed or status.state is not State.succeeded else self._next_task()
+        is_usable = status.state is State.succeeded and not self._queue.is_closed
+        successor = self._next_task() if is_usable else None
         if successor is None or (successor.num_cpus, successor.num_gpus) != (free.task.num_cpus, free.task.num_gpus):
             self._release(free)
             return
         if successor.name in self._running:
             self._release(self._running.pop(successor.name))
         else:
-            self._queue.popleft()
+            self._queue.waiting.popleft()
         self._running[successor.name] = self._run(successor, free.placement, free.placed, free.actor)
 
     def _next_task(self) -> Task | None:
         unplaced = next((running.task for running in self._running.values() if not _is_done(running.placed)), None)
-        return unplaced or (self._queue[0] if self._queue else None)
+        return unplaced or (self._queue.waiting[0] if self._queue.waiting else None)
 
     def _look_at(self, name: str, running: _Running) -> Status:
         import ray
@@ -289,6 +275,22 @@ def _is_done(reference: Any) -> bool:
     import ray
 
     return bool(ray.wait([reference], timeout=0)[0])
+
+
+def _check_access(address: str) -> None:
+    # Ray itself tries a dead address for a minute, and a wrong token for 20 seconds before it says something else.
+    from ray.exceptions import AuthenticationError
+
+    problem = unreachable(address)
+    if problem:
+        raise ConnectionError(problem)
+    with contextlib.suppress(ImportError, AttributeError):
+        raylet: Any = importlib.import_module("ray._raylet")
+        try:
+            raylet.GcsClient(address=address)
+        except AuthenticationError:
+            remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the path of its token file"
+            raise ConnectionError(f"the Ray cluster at {address} refuses this session's token; {remedy}") from None
 
 
 def _forget_token() -> None:

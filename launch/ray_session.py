@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -132,6 +133,18 @@ def short_parent(candidates: Iterable[Path]) -> Path:
         f"the path of a Ray socket may have {_MAX_SOCKET_PATH_BYTES} bytes; too long: {', '.join(tried)}; "
         "give a shorter session_parent, for example /tmp"
     )
+
+
+def unreachable(address: str, *, timeout_s: float = 5.0) -> str | None:
+    """Say why nothing answers at a ``host:port``; None when something does, or for another form of address."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except (OSError, OverflowError) as error:
+        return f"nothing answers at {address} ({error}); give the address of a running Ray cluster, or none"
+    return None
 
 
 def end_processes(processes: Iterable[psutil.Process], *, timeout_s: float = _END_TIMEOUT_S) -> int:

@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.ray_session import PrivateSession, end_processes, remove_abandoned, short_parent, termination_handler_kept
+from launch.ray_session import (
+    PrivateSession,
+    end_processes,
+    remove_abandoned,
+    short_parent,
+    termination_handler_kept,
+    unreachable,
+)
 
 LEAVE = """
 import os, sys
@@ -154,3 +162,15 @@ def test_the_guard_clears_up_after_a_killed_owner_and_spares_strangers(parent):
     assert reader.poll() is None
     reader.kill()
     reader.wait()
+
+
+def test_an_address_where_nobody_answers_is_named_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert unreachable(address) is None
+    problem = unreachable(address)
+    assert problem is not None
+    assert f"nothing answers at {address}" in problem
+    assert unreachable("auto") is None
+    assert unreachable("ray://127.0.0.1:1") is None
+    assert unreachable("127.0.0.1:99999999") is not None

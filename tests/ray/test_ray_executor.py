@@ -139,6 +139,10 @@ def test_tasks_that_no_node_could_hold_are_refused(executor, tmp_path):
         executor.submit(program(tmp_path, "huge", "note", num_cpus=3))
     with pytest.raises(ValueError, match="num_groups must be at least 1"):
         RayExecutor(num_groups=0)
+    executor.submit(program(tmp_path, "twice", "say", "x"))
+    with pytest.raises(ValueError, match="has not ended"):
+        executor.submit(program(tmp_path, "twice", "say", "x"))
+    finish(executor)
 
 
 def test_a_guest_needs_the_token_and_leaves_the_cluster_as_it_was(executor, tmp_path):
@@ -148,7 +152,7 @@ def test_a_guest_needs_the_token_and_leaves_the_cluster_as_it_was(executor, tmp_
     with_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(executor.session.token_path)}
     without = python(CLIENT, gcs_address(), str(tmp_path), **with_token | {"RAY_AUTH_TOKEN_PATH": str(wrong)})
     assert without.returncode != 0
-    assert "uth" in without.stderr
+    assert "refuses this session's token" in without.stderr
     assert not (tmp_path / "guest").exists()
     guest = python(CLIENT, gcs_address(), str(tmp_path), **with_token)
     assert guest.stdout.split() == ["succeeded"], guest.stderr
