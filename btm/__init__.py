@@ -10,6 +10,7 @@ Importing this package is fast: torch and transformers are imported when a model
 from btm.config import Config, EnsembleConfig
 from btm.errors import BtmError
 from btm.forest import Forest
+from btm.forest_models import load_forest_ensemble, merge_forest
+from btm.version import __version__
 
-__all__ = ["BtmError", "Config", "EnsembleConfig", "Forest"]
-__version__ = "0.1.0"
+__all__ = ["BtmError", "Config", "EnsembleConfig", "Forest", "__version__", "load_forest_ensemble", "merge_forest"]

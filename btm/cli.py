@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 from btm.errors import BtmError, ConfigError
 
@@ -118,8 +118,7 @@ def _run_hydra(verb: str, overrides: list[str]) -> None:
 
     def application(composed: DictConfig) -> None:
         try:
-            raw = OmegaConf.to_container(composed, resolve=True)
-            assert isinstance(raw, dict)
+            raw = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
             config = _configuration(verb, raw, list(HydraConfig.get().overrides.task))
             importlib.import_module(f"btm.verbs.{verb}").main(config)
         except BtmError as error:
@@ -161,7 +160,7 @@ def _copy_key(source: dict[str, Any], target: dict[str, Any], dotted: str) -> No
         target[last] = source[last]
 
 
-def _fail(error: BtmError) -> None:
+def _fail(error: BtmError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
 

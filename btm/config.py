@@ -45,21 +45,21 @@ class DataConfig(Model):
     """Field that holds the text in JSON lines, parquet and dataset rows."""
     on_error: OnError = OnError.stop
     """stop at the first broken document, or skip it and report counts."""
-    dev_fraction: float = Field(0.05, gt=0, lt=0.5)
+    dev_fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of documents (by hash) held out for development."""
-    test_fraction: float = Field(0.05, gt=0, lt=0.5)
+    test_fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of documents (by hash) held out for the final evaluation."""
-    near_duplicate_threshold: float = Field(0.8, gt=0, le=1)
+    near_duplicate_threshold: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of word 5-gram shingles above which a dev or test document counts as a copy of a training document and is dropped; 1 checks exact copies only."""
-    min_train_tokens: int = Field(20_000, ge=1)
+    min_train_tokens: int = Field(default=20_000, ge=1)
     """Tokens that the training split of a domain must have."""
-    max_documents: int | None = Field(None, ge=1)
+    max_documents: int | None = Field(default=None, ge=1)
     """Documents read per domain; null reads all."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(default=0, ge=0)
     """Tokeniser processes; 0 takes one per core of this machine."""
     weights: dict[str, float] = {}
     """Mixture weights of the seed and dense models over domains; equal where missing."""
-    seed_data_fraction: float = Field(0.0, ge=0, lt=1)
+    seed_data_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of each ELM's batches drawn from the seed mixture instead of its own domain."""
 
 
@@ -68,9 +68,9 @@ class TokenizerConfig(Model):
 
     path: str | None = None
     """Hugging Face tokenizer directory; null trains one, or takes the pretrained model's."""
-    vocab_size: int = Field(4096, ge=260, le=1_000_000)
+    vocab_size: int = Field(default=4096, ge=260, le=1_000_000)
     """Entries of a trained byte-level BPE tokenizer."""
-    train_bytes: int = Field(20_000_000, ge=10_000)
+    train_bytes: int = Field(default=20_000_000, ge=10_000)
     """Bytes of text, shared equally by the domains, that a trained tokenizer sees."""
 
 
@@ -81,17 +81,17 @@ class ModelConfig(Model):
     """Hugging Face causal LM directory that becomes the seed (its weights are taken); null trains from scratch."""
     arch: str = "llama"
     """Any ``model_type`` of transformers' causal LMs whose config takes the sizes below."""
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(default=4, ge=1)
     """Transformer blocks."""
-    hidden_size: int | None = Field(None, ge=8)
+    hidden_size: int | None = Field(default=None, ge=8)
     """Width; null is 64 per layer."""
-    num_heads: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(default=None, ge=1)
     """Attention heads; null is one per 64 of width."""
-    num_kv_heads: int | None = Field(None, ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1)
     """Key and value heads (grouped-query attention); null is ``num_heads``."""
-    intermediate_size: int | None = Field(None, ge=8)
+    intermediate_size: int | None = Field(default=None, ge=8)
     """Feed-forward width; null is 8/3 of the width rounded up to a multiple of 32."""
-    max_positions: int = Field(2048, ge=16)
+    max_positions: int = Field(default=2048, ge=16)
     """Longest sequence of positions."""
     tie_embeddings: bool = True
     """Share the input and output embedding."""
@@ -118,51 +118,51 @@ class Packing(StrEnum):
 class TrainConfig(Model):
     """Recipe shared by every model of a run."""
 
-    tokens: int = Field(3_276_800, ge=1)
+    tokens: int = Field(default=3_276_800, ge=1)
     """Tokens of the whole budget: seed phase plus all ELMs together; the dense baseline gets the same."""
-    seed_fraction: float = Field(0.5, ge=0, le=1)
+    seed_fraction: float = Field(default=0.5, ge=0, le=1)
     """Share of the updates that the seed phase takes (Branch-Train-Merge, https://arxiv.org/abs/2208.03306)."""
-    batch_tokens: int = Field(8192, ge=1)
+    batch_tokens: int = Field(default=8192, ge=1)
     """Tokens per update of the seed and dense models; an ELM gets an equal share of it."""
-    sequence_length: int = Field(256, ge=8)
+    sequence_length: int = Field(default=256, ge=8)
     """Tokens per sequence."""
-    micro_batch_sequences: int | None = Field(None, ge=1)
+    micro_batch_sequences: int | None = Field(default=None, ge=1)
     """Sequences per forward pass; the rest of a batch is accumulated; null runs the batch in one pass."""
     packing: Packing = Packing.blocks
     """blocks: contiguous tokens across documents; documents: no attention across document borders."""
-    lr: float = Field(2e-3, gt=0)
+    lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate."""
-    min_lr_fraction: float = Field(0.1, ge=0, le=1)
+    min_lr_fraction: float = Field(default=0.1, ge=0, le=1)
     """Last learning rate as a share of the peak."""
     schedule: Schedule = Schedule.cosine
     """Shape of the decay; wsd holds the peak and decays linearly at the end."""
-    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    warmup_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of all updates with a linearly rising learning rate."""
-    decay_fraction: float = Field(0.2, gt=0, le=1)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """Share of all updates that the final decay of wsd takes."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Adam's first decay."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     """Adam's second decay."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none."""
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
-    checkpoint_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1)
     """Updates between checkpoints."""
-    keep_checkpoints: int = Field(2, ge=2)
+    keep_checkpoints: int = Field(default=2, ge=2)
     """Newest checkpoints kept."""
-    eval_every: int = Field(100, ge=1)
+    eval_every: int = Field(default=100, ge=1)
     """Updates between evaluations on dev."""
-    eval_tokens: int = Field(16_384, ge=1)
+    eval_tokens: int = Field(default=16_384, ge=1)
     """Dev tokens per evaluation and domain."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Updates between metric rows."""
-    max_bad_steps: int = Field(10, ge=0)
+    max_bad_steps: int = Field(default=10, ge=0)
     """Consecutive skipped updates (NaN, Inf or loss spike) after which training stops."""
-    spike_factor: float = Field(3.0, gt=1)
+    spike_factor: float = Field(default=3.0, gt=1)
     """A loss above this many times its running mean is a spike; the update is skipped."""
 
 
@@ -185,11 +185,11 @@ class BranchOptimizer(StrEnum):
 class BranchConfig(Model):
     """Where a new ELM comes from (Branch-Train-Merge, section 3)."""
 
-    source: BranchSource = Field(BranchSource.seed, alias="from")
+    source: BranchSource = Field(default=BranchSource.seed, alias="from")
     """seed; nearest ELM; uniform mean of the ELMs; or their mean weighted by the domain posterior."""
     optimizer: BranchOptimizer = BranchOptimizer.keep
     """continue the parent's optimizer state (seed only) or reset it."""
-    sample_documents: int = Field(100, ge=1)
+    sample_documents: int = Field(default=100, ge=1)
     """Dev documents of the new domain on which the posterior is estimated."""
 
 
@@ -216,7 +216,7 @@ class EngineConfig(Model):
     """Engine."""
     dtype: Dtype = Dtype.bf16
     """Arithmetic of forward and backward."""
-    num_processes: int = Field(1, ge=1)
+    num_processes: int = Field(default=1, ge=1)
     """Data-parallel processes per model."""
     deterministic: bool = True
     """Only algorithms that give the same bits every time."""
@@ -244,7 +244,7 @@ class MergeConfig(Model):
     """ELMs to take; empty takes all."""
     output: str | None = None
     """Directory to write; null is ``<forest>/merged/<method>``."""
-    memory_bytes: int = Field(64 << 20, ge=1 << 20)
+    memory_bytes: int = Field(default=64 << 20, ge=1 << 20)
     """Private memory that streaming may take."""
 
 
@@ -281,24 +281,24 @@ class EnsembleConfig(Model):
     """uniform, updating over the test documents, or cached from dev documents of the target domain."""
     estimator: PriorEstimator = PriorEstimator.mean
     """Estimator of the cached prior; ema is what the papers do."""
-    temper: float = Field(1.0, ge=0, le=1)
+    temper: float = Field(default=1.0, ge=0, le=1)
     """Exponent of the likelihood: posterior = prior x likelihood^temper."""
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(default=None, ge=1)
     """ELMs kept, by weight, and renormalised; null keeps all."""
-    prior_documents: int = Field(100, ge=1)
+    prior_documents: int = Field(default=100, ge=1)
     """Dev documents that a cached prior is estimated on."""
 
 
 class EvaluateConfig(Model):
     """What is measured on held-out documents."""
 
-    max_tokens: int = Field(65_536, ge=256)
+    max_tokens: int = Field(default=65_536, ge=256)
     """Test tokens per domain (whole documents)."""
-    sequence_length: int | None = Field(None, ge=8)
+    sequence_length: int | None = Field(default=None, ge=8)
     """Context window in tokens; null is ``train.sequence_length``."""
-    bootstrap_samples: int = Field(1000, ge=10)
+    bootstrap_samples: int = Field(default=1000, ge=10)
     """Resamplings of documents for the confidence intervals."""
-    batch_sequences: int = Field(16, ge=1)
+    batch_sequences: int = Field(default=16, ge=1)
     """Windows per forward pass."""
 
 
@@ -314,19 +314,19 @@ class LaunchConfig(Model):
 
     executor: ExecutorName = ExecutorName.local
     """local subprocesses or Ray."""
-    cpus_per_elm: int = Field(1, ge=1)
+    cpus_per_elm: int = Field(default=1, ge=1)
     """Cores of one ELM's group."""
-    gpus_per_elm: int = Field(0, ge=0)
+    gpus_per_elm: int = Field(default=0, ge=0)
     """GPUs of one ELM's group."""
-    num_groups: int | None = Field(None, ge=1)
+    num_groups: int | None = Field(default=None, ge=1)
     """ELMs that train at the same time; null is as many as the machine or cluster holds."""
-    max_restarts: int = Field(2, ge=0)
+    max_restarts: int = Field(default=2, ge=0)
     """Restarts of a task that died."""
     ray_address: str | None = None
     """Address of an existing Ray cluster; null starts a private one on this machine."""
     ray_dashboard: bool = False
     """Serve Ray's dashboard on loopback."""
-    poll_interval_s: float = Field(0.2, gt=0, le=60)
+    poll_interval_s: float = Field(default=0.2, gt=0, le=60)
     """Seconds between two looks at the running tasks."""
 
 
@@ -357,11 +357,11 @@ class GenerateConfig(Model):
     """Text to continue."""
     model: str = "ensemble"
     """``ensemble``, ``seed``, ``elm/<domain>`` or a model directory."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     """Tokens to add."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
     """0 takes the most likely token; above, samples."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Probability mass that sampling keeps."""
 
 
@@ -372,7 +372,7 @@ class Config(Model):
     """Name of the run."""
     forest: str = "outputs/${name}"
     """Forest directory."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Root of every random choice."""
     dry_run: bool = False
     """Print the plan and stop."""
@@ -380,7 +380,7 @@ class Config(Model):
     """Go on in a forest that was begun with another configuration."""
     domain: str | None = None
     """Domain that ``add``, ``remove`` and ``inspect`` speak of."""
-    output_json: bool = Field(False, alias="json")
+    output_json: bool = Field(default=False, alias="json")
     """Print JSON instead of tables."""
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

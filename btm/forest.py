@@ -20,6 +20,7 @@ from btm.files import (
     read_json,
     remove_leftovers,
     sha256_of_file,
+    xxh3_of_file,
 )
 from btm.records import ElmRecord, ForestManifest, Parent
 
@@ -213,7 +214,11 @@ class Forest:
                     _place_file(file.resolve(), temporary / file.name, link=own)
         fsync_directory(self.path)
         return record.model_copy(
-            update={"directory": str(relative), "files": file_hashes(self.path / relative)},
+            update={
+                "directory": str(relative),
+                "files": file_hashes(self.path / relative),
+                "checksums": {file.name: xxh3_of_file(file) for file in (self.path / relative).iterdir()},
+            },
         )
 
     def _write(self, manifest: ForestManifest) -> None:

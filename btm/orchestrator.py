@@ -133,7 +133,7 @@ class Orchestrator:
     def _start(self, state: StepState, tracker: Tracker) -> bool:
         """Start one step; True when it was finished at once, so that others may have become ready."""
         step = state.step
-        if step.kind is StepKind.join:
+        if step.kind is StepKind.joining:
             if not is_finished(step, None, self._context):
                 register(step, self._context)
             state.state = "done"

@@ -21,7 +21,7 @@ class StepKind(StrEnum):
 
     prepare = "prepare"
     train = "train"
-    join = "join"
+    joining = "join"
     score = "score"
     merge = "merge"
     evaluate = "evaluate"
@@ -112,7 +112,7 @@ def plan_add(given: PlanInput, domain: str, *, num_original_domains: int) -> lis
     updates = divide_updates(given.config.train, num_original_domains)
     name = f"elm/{domain}"
     steps.append(_train_step(given, name, needs, updates.elm, updates.elm_batch_sequences))
-    steps.append(Step(name=f"join/{domain}", kind=StepKind.join, needs=(name,)))
+    steps.append(Step(name=f"join/{domain}", kind=StepKind.joining, needs=(name,)))
     return steps
 
 
@@ -154,7 +154,7 @@ def _elm_steps(given: PlanInput, domain: str) -> list[Step]:
     updates, name = given.updates, f"elm/{domain}"
     return [
         _train_step(given, name, ("seed",), updates.elm, updates.elm_batch_sequences),
-        Step(name=f"join/{domain}", kind=StepKind.join, needs=(name,)),
+        Step(name=f"join/{domain}", kind=StepKind.joining, needs=(name,)),
     ]
 
 

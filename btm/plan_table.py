@@ -32,7 +32,7 @@ def makespan_seconds(steps: Sequence[Step], num_cpus: int) -> float:
     waiting = list(steps)
     while waiting or running:
         for step in list(waiting):
-            needs = min(step.num_cpus, num_cpus) if step.kind is not StepKind.join else 0
+            needs = min(step.num_cpus, num_cpus) if step.kind is not StepKind.joining else 0
             if needs <= free and all(end.get(name, 0.0) <= now for name in step.needs):
                 if any(name not in end and any(s.name == name for s in waiting) for name in step.needs):
                     continue
@@ -62,7 +62,7 @@ def _steps_table(steps: Sequence[Step]) -> Table:
             format_duration(estimated_seconds(step)),
         )
         for step in steps
-        if step.kind is not StepKind.join
+        if step.kind is not StepKind.joining
     ]
     return rows_table(headings, rows, title="plan")
 

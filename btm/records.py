@@ -122,7 +122,7 @@ class TokenSource(Model):
     domain: str
     prefix: str
     """Path of the shard without ``.bin`` / ``.idx``."""
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
     part: Part | None = None
     fingerprint: str = ""
     """Of the prepared domain, so that a changed corpus is noticed."""
@@ -147,7 +147,7 @@ class TrainSpec(SpecModel):
     start: Start
     sources: list[TokenSource]
     dev: list[TokenSource] = []
-    first_update: int = Field(0, ge=0)
+    first_update: int = Field(default=0, ge=0)
     last_update: int = Field(ge=0)
     total_updates: int = Field(ge=1)
     batch_sequences: int = Field(ge=1)
@@ -296,6 +296,8 @@ class EvaluateSpec(SpecModel):
     """ELM -> score directory with ``test-`` and ``dev-`` files, in manifest order: the ensemble's members."""
     random_split: list[str] = []
     """Score directories of the random-split forest."""
+    score_results: dict[str, str] = {}
+    """Score directory -> hash of the request that its scores answer, so that new scores are noticed."""
     ledgers: dict[str, Ledger] = {}
     test_prefixes: dict[str, str] = {}
     """Domain -> test shard, for the posterior traces."""

@@ -21,6 +21,7 @@ from btm.records import (
     ScoreSpec,
     SpecModel,
     Start,
+    StepResult,
     TokenSource,
     TrainResult,
     TrainSpec,
@@ -248,6 +249,7 @@ def _merge_spec(step: Step, context: Context) -> MergeSpec:
                 name=record.domain,
                 directory=str(context.forest_dir / record.directory),
                 files=record.files,
+                checksums=record.checksums,
                 score_dir=score_dirs[record.domain] if domain else None,
             )
             for record in forest.manifest.elms
@@ -266,16 +268,21 @@ def _evaluate_spec(step: Step, context: Context) -> EvaluateSpec:
     rows = ["seed", *(["dense"] if config.baselines.dense else []), *(f"elm/{elm}" for elm in forest.domains)]
     rows.append("average/uniform")
     random = random_split_names(context.domains) if config.baselines.random_split else []
+    per_domain = {"average/posterior": {d: str(scores / "average/posterior" / d) for d in everywhere}}
+    models = {row: str(scores / row) for row in rows}
+    random_dirs = [str(scores / name) for name in random]
     return EvaluateSpec(
         root=str(context.forest_dir),
         domains=context.domains,
         novel_domains=context.novel,
-        models={row: str(scores / row) for row in rows},
-        per_domain_models={
-            "average/posterior": {d: str(scores / "average/posterior" / d) for d in everywhere},
-        },
+        models=models,
+        per_domain_models=per_domain,
         elms={elm: str(scores / "elm" / elm) for elm in forest.domains},
-        random_split=[str(scores / name) for name in random],
+        random_split=random_dirs,
+        score_results={
+            directory: StepResult.load(Path(directory) / "result.json").spec_sha256
+            for directory in [*models.values(), *per_domain["average/posterior"].values(), *random_dirs]
+        },
         ledgers=_ledgers(context, forest, random),
         test_prefixes={domain: str(context.forest_dir / "corpus" / domain / "test") for domain in everywhere},
         tokenizer_dir=str(forest.tokenizer_dir),

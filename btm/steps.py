@@ -35,10 +35,10 @@ MODULES = {
 
 def is_finished(step: Step, spec: SpecModel | None, context: Context) -> bool:
     """Whether the result of ``step`` is there and answers exactly ``spec``."""
-    if step.kind is StepKind.join:
+    if step.kind is StepKind.joining:
         return step.name.removeprefix("join/") in context.forest().domains
-    if spec is None:
-        return False
+    if spec is None or step.kind is StepKind.prepare:
+        return False  # only the worker of a preparation can see whether the text has changed
     path = _result_path(step, spec)
     if not path.is_file():
         return False
@@ -62,7 +62,7 @@ def register(step: Step, context: Context) -> None:
         result = TrainResult.load(context.run_dir("seed") / "result.json")
         record = _record("seed", result, [], "-")
         context.forest().set_seed(record, Path(result.model_dir))
-    elif step.kind is StepKind.join:
+    elif step.kind is StepKind.joining:
         _join(step.name.removeprefix("join/"), context)
 
 

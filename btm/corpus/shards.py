@@ -10,7 +10,6 @@ import io
 import os
 import struct
 from array import array
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -148,6 +147,7 @@ class TokenShard:
             DataError: If a file is missing, damaged or of another format.
         """
         self.prefix = Path(prefix)
+        self._bytes: np.ndarray | None = None
         path = Path(f"{prefix}.idx")
         try:
             raw = np.fromfile(path, dtype=np.uint8)
@@ -171,13 +171,15 @@ class TokenShard:
         """Tokens in the shard, end-of-text tokens included."""
         return len(self.tokens)
 
-    @cached_property
+    @property
     def bytes(self) -> np.ndarray:
         """UTF-8 bytes of each document's text, int64 ``(num_documents,)``.
 
         Raises:
             DataError: If ``<prefix>.bytes.npy`` is missing or damaged.
         """
+        if self._bytes is not None:
+            return self._bytes
         path = f"{self.prefix}.bytes.npy"
         try:
             loaded = np.load(path, allow_pickle=False)
@@ -185,6 +187,7 @@ class TokenShard:
             raise DataError(f"{path} cannot be read ({error}); prepare the corpus again") from None
         if loaded.shape != self.lengths.shape or loaded.dtype != np.int64:
             raise DataError(f"{path} does not fit {self.prefix}.idx; prepare the corpus again")
+        self._bytes = loaded
         return loaded
 
     def document(self, index: int) -> np.ndarray:

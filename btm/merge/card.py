@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btm import __version__
+from btm.version import __version__
 from btm.merge.methods import MergeMethod
 from btm.records import MergeInput, MergeSpec
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 namespace {
 
@@ -136,28 +137,44 @@ void rotate(const T* in, const T* cos, const T* sin, T* out, i64 batch, i64 leng
     }
 }
 
+// exp(row - top) of `count` values into `powers`; returns their sum.
+template <typename T>
+inline float exp_row(const T* row, float* powers, i64 count, float* top_out) {
+    float top = load(row);
+#pragma omp simd reduction(max : top)
+    for (i64 c = 0; c < count; ++c) top = load(row + c) > top ? load(row + c) : top;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (i64 c = 0; c < count; ++c) {
+        powers[c] = fast_exp(load(row + c) - top);
+        sum += powers[c];
+    }
+    *top_out = top;
+    return sum;
+}
+
 // scores [N, rows, cols] -> probabilities in place. Row r attends columns c <= first_row + r, of the same segment where
 // segments ([N / heads, cols], int32) are given.
 template <typename T>
 void softmax_forward(T* scores, i64 count, i64 rows, i64 cols, i64 first_row, const int32_t* segments, i64 heads) {
-#pragma omp parallel for schedule(static)
-    for (i64 nr = 0; nr < count * rows; ++nr) {
-        T* row = scores + nr * cols;
-        const i64 last = first_row + nr % rows;
-        i64 begin = 0;
-        if (segments) {
-            const int32_t* segment = segments + nr / rows / heads * cols;
-            for (begin = last; begin > 0 && segment[begin - 1] == segment[last];) --begin;
+#pragma omp parallel
+    {
+        const std::unique_ptr<float[]> powers(new float[cols]);
+#pragma omp for schedule(static)
+        for (i64 nr = 0; nr < count * rows; ++nr) {
+            T* row = scores + nr * cols;
+            const i64 last = first_row + nr % rows;
+            i64 begin = 0;
+            if (segments) {
+                const int32_t* segment = segments + nr / rows / heads * cols;
+                for (begin = last; begin > 0 && segment[begin - 1] == segment[last];) --begin;
+            }
+            float top;
+            const float inverse = 1.0f / exp_row(row + begin, powers.get(), last + 1 - begin, &top);
+            for (i64 c = 0; c < begin; ++c) store(row + c, 0.0f);
+            for (i64 c = begin; c <= last; ++c) store(row + c, powers[c - begin] * inverse);
+            for (i64 c = last + 1; c < cols; ++c) store(row + c, 0.0f);
         }
-        float top = load(row + begin);
-#pragma omp simd reduction(max : top)
-        for (i64 c = begin; c <= last; ++c) top = load(row + c) > top ? load(row + c) : top;
-        float sum = 0.0f;
-        for (i64 c = begin; c <= last; ++c) sum += fast_exp(load(row + c) - top);
-        const float inverse = 1.0f / sum;
-        for (i64 c = begin; c <= last; ++c) store(row + c, fast_exp(load(row + c) - top) * inverse);
-        for (i64 c = 0; c < begin; ++c) store(row + c, 0.0f);
-        for (i64 c = last + 1; c < cols; ++c) store(row + c, 0.0f);
     }
 }
 
@@ -176,23 +193,23 @@ void softmax_backward(const T* probabilities, T* grad, i64 count, i64 rows, i64 
     }
 }
 
-// Log of the sum of exp of each row; with write_grad the row becomes softmax minus one-hot(target).
+// Cross-entropy of each row; with write_grad the row becomes softmax minus one-hot(target).
 template <typename T>
 void cross_entropy(T* logits, const i64* targets, float* loss, i64 rows, i64 cols, int write_grad) {
-#pragma omp parallel for schedule(static)
-    for (i64 r = 0; r < rows; ++r) {
-        T* row = logits + r * cols;
-        float top = load(row);
-#pragma omp simd reduction(max : top)
-        for (i64 c = 0; c < cols; ++c) top = load(row + c) > top ? load(row + c) : top;
-        float sum = 0.0f;
-        for (i64 c = 0; c < cols; ++c) sum += fast_exp(load(row + c) - top);
-        loss[r] = top + std::log(sum) - load(row + targets[r]);
-        if (!write_grad) continue;
-        const float inverse = 1.0f / sum;
-        const float hit = fast_exp(load(row + targets[r]) - top) * inverse - 1.0f;
-        for (i64 c = 0; c < cols; ++c) store(row + c, fast_exp(load(row + c) - top) * inverse);
-        store(row + targets[r], hit);
+#pragma omp parallel
+    {
+        const std::unique_ptr<float[]> powers(new float[cols]);
+#pragma omp for schedule(static)
+        for (i64 r = 0; r < rows; ++r) {
+            T* row = logits + r * cols;
+            float top;
+            const float sum = exp_row(row, powers.get(), cols, &top);
+            loss[r] = top + std::log(sum) - load(row + targets[r]);
+            if (!write_grad) continue;
+            const float inverse = 1.0f / sum;
+            for (i64 c = 0; c < cols; ++c) store(row + c, powers[c] * inverse);
+            store(row + targets[r], powers[targets[r]] * inverse - 1.0f);
+        }
     }
 }
 

@@ -49,6 +49,8 @@ def load(forest: Forest, config: Config) -> Any:
     Raises:
         ConfigError: If it names nothing.
     """
+    import torch
+
     from btm.forest_models import load_forest_ensemble
     from btm.model.causal_lm import load_model
 
@@ -56,8 +58,8 @@ def load(forest: Forest, config: Config) -> Any:
     if name == "ensemble":
         return load_forest_ensemble(forest, config.ensemble, domain=config.domain)
     if name == "seed" or name.startswith("elm/"):
-        return load_model(forest.directory(name.removeprefix("elm/")), "fp32")
+        return load_model(forest.directory(name.removeprefix("elm/")), torch.float32)
     if Path(name).is_dir():
-        return load_model(Path(name), "fp32")
+        return load_model(Path(name), torch.float32)
     known = ["ensemble", "seed", *(f"elm/{domain}" for domain in forest.domains)]
     raise ConfigError([f"generate.model must be one of {known} or a model directory, got {name!r}"])

@@ -70,6 +70,7 @@ def merge_spec(config: Config, forest: Forest) -> MergeSpec:
                 name=record.domain,
                 directory=str(forest.path / record.directory),
                 files=record.files,
+                checksums=record.checksums,
                 score_dir=str(scores / record.domain) if merge.domain else None,
             )
             for record in chosen
@@ -77,6 +78,8 @@ def merge_spec(config: Config, forest: Forest) -> MergeSpec:
         weights=merge.weights,
         domain=merge.domain,
         dev=dev_source(merge.domain, context) if merge.domain else None,
+        sequence_length=config.evaluate.sequence_length or config.train.sequence_length,
+        batch_sequences=config.evaluate.batch_sequences,
         tokenizer_dir=str(forest.tokenizer_dir),
         output_dir=merge.output or str(forest.path / "merged" / name),
         memory_bytes=merge.memory_bytes,

@@ -39,6 +39,10 @@ def main(config: Config) -> None:
         return
     run_forest(config, steps, console)
     summary = write_summary(Path(config.forest), later)
+    if later:
+        from btm.evaluate.report import write_report
+
+        write_report(Path(config.forest))  # the first one could not know of the domains added since
     if config.output_json:
         print(json.dumps(summary, indent=2))
         return
