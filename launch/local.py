@@ -1,15 +1,16 @@
 """Tasks on this machine: forked processes, disjoint cores, no network."""
 
 import os
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Self
 
 from launch.fork_client import ForkServer
 from launch.group import Group
-from launch.queue import TaskQueue, check_num_groups
 from launch.resources import CoreLeases, ResourcePool, available_cores, available_gpus
 from launch.task import State, Status, Task
+from launch.task_queue import TaskQueue, check_num_groups
 
 _POLL_INTERVAL_S = 0.02
 
@@ -44,7 +45,7 @@ class LocalExecutor:
             available_cores() if cores is None else cores,
             available_gpus() if gpus is None else gpus,
             num_groups=check_num_groups(num_groups),
-            leases=CoreLeases(),
+            leases=CoreLeases(secrets.token_hex(4)),
         )
         self._preload = tuple(preload)
         self._grace_s = grace_s

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -16,14 +17,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from launch.process import added_import_path
-from launch.queue import TaskQueue, check_num_groups
 from launch.ray_session import PrivateSession, end_processes, termination_handler_kept, unreachable
 from launch.resources import available_cores, available_gpus, nodes_problem
 from launch.supervisor import Supervisor, absolute
 from launch.task import State, Status, Task
+from launch.task_queue import TaskQueue, check_num_groups
 
 _POLL_INTERVAL_S = 0.05
-_PLACEMENT_WAIT_S = 0.05
 _CLOSE_MARGIN_S = 10.0
 _OBJECT_STORE_BYTES = 100 << 20
 
@@ -45,10 +45,9 @@ class RayExecutor:
     """Runs tasks on a Ray cluster; implements :class:`launch.task.Executor`.
 
     First in, first out: the next placement group is requested when Ray has granted the one before, and a group whose
-    task has succeeded goes, with its warm actor, to the next task of the same size. Logs are written by the nodes, so
-    ``log_path`` must be on a file system that all share. Make and use it in the main thread: the kernel
-    ends a private Ray with the thread that started it. A connection to Ray that this process has already is used and
-    left open.
+    task has succeeded goes, with its warm actor, to the next task of the same size. Logs must be on a file system that
+    all nodes share. Make and use it in the main thread: the kernel ends a private Ray with the thread that started it.
+    A connection to Ray that this process has already is used and left open.
 
     Args:
         address: Of an existing cluster (its token is taken from the environment, as Ray does); None starts a private
@@ -79,8 +78,8 @@ class RayExecutor:
         import ray
 
         self._num_groups = check_num_groups(num_groups)
-        self._preload = tuple(preload)
         self._grace_s = grace_s
+        self._options = {"lease_group": secrets.token_hex(4), "preload": tuple(preload), "grace_s": grace_s}
         self._queue = TaskQueue()
         self._running: dict[str, _Running] = {}
         self.session: PrivateSession | None = None
@@ -111,7 +110,7 @@ class RayExecutor:
         """
         import ray
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [] if self._queue.is_closed else [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._queue.add(absolute(task), problem=nodes_problem(nodes, task.num_cpus, task.num_gpus))
         self._start_what_fits()
 
@@ -139,10 +138,9 @@ class RayExecutor:
         if running and _is_done(running.started):
             running.is_cancelled = True
             running.actor.cancel.remote(grace_s)
-            return
-        self._queue.withdraw(name)
-        if running:
-            self._release(self._running.pop(name))
+        else:
+            self._queue.withdraw(name)
+            self._release(self._running.pop(name, None))
 
     def close(self) -> None:
         """Cancel what waits, end what runs, and end a private Ray; a cluster of others is only left. Idempotent."""
@@ -203,7 +201,7 @@ class RayExecutor:
 
         while self._queue.waiting and (self._num_groups is None or len(self._running) < self._num_groups):
             waiting = [running.placed for running in self._running.values()]
-            if waiting and len(ray.wait(waiting, num_returns=len(waiting), timeout=_PLACEMENT_WAIT_S)[1]) > 0:
+            if waiting and len(ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_INTERVAL_S)[1]) > 0:
                 return
             task = self._queue.waiting.popleft()
             self._running[task.name] = self._place(task)
@@ -221,7 +219,7 @@ class RayExecutor:
             num_gpus=task.num_gpus,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=0),
-        ).remote(os.getcwd(), import_path=added_import_path(sys.path), preload=self._preload, grace_s=self._grace_s)
+        ).remote(os.getcwd(), import_path=added_import_path(sys.path), **self._options)
         return self._run(task, placement, placement.ready(), actor)
 
     def _run(self, task: Task, placement: Any, placed: Any, actor: Any) -> _Running:
@@ -260,15 +258,16 @@ class RayExecutor:
             line = " ".join(lines[-1:] if isinstance(error, RayTaskError) else lines[:2])
             return Status(name=name, state=State.failed, reason=f"the Ray actor that ran it failed: {line}")
 
-    def _release(self, running: _Running) -> None:
+    def _release(self, running: _Running | None) -> None:
         import ray
         from ray.exceptions import RayError
         from ray.util.placement_group import remove_placement_group
 
-        with contextlib.suppress(RayError):
-            ray.kill(running.actor)
-        with contextlib.suppress(RayError):
-            remove_placement_group(running.placement)
+        if running:
+            with contextlib.suppress(RayError):
+                ray.kill(running.actor)
+            with contextlib.suppress(RayError):
+                remove_placement_group(running.placement)
 
 
 def _is_done(reference: Any) -> bool:
@@ -294,8 +293,7 @@ def _check_access(address: str) -> None:
 
 
 def _forget_token() -> None:
-    # Ray keeps mode and token of the first connection of a process; without this a second session would send the
-    # first one's token. Names that are not public: if they are gone, one session per process works as before.
+    # Ray keeps the token of a process's first connection. Not public: without it, one session per process works.
     with contextlib.suppress(ImportError, AttributeError):
         raylet: Any = importlib.import_module("ray._raylet")
         raylet.Config.initialize("")

@@ -6,16 +6,20 @@ Nothing here imports torch: GPUs are listed by ``CUDA_VISIBLE_DEVICES`` or ``nvi
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+_LEASE_TIMEOUT_S = 1.0
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
@@ -97,47 +101,66 @@ def private_dir() -> Path:
 class CoreLeases:
     """Advisory claims on cores among all processes of this user on this machine.
 
-    Two drivers (or two supervisors of a cluster) that pin one-core tasks would both choose the first core; a lock file
-    per core lets the second one see that it is taken. The kernel drops the claims of a process that dies.
+    Two drivers (or two supervisors of a cluster) that pin one-core tasks would both choose the first core; a locked
+    file per claim lets each see what the others hold. The kernel drops the claims of a process that dies.
 
     Args:
-        directory: Where the lock files are; None is :func:`private_dir`.
+        group: Claims of one group avoid each other first, whatever others do; a name without dots.
+        directory: Where the files are; None is :func:`private_dir`.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self, group: str, directory: Path | None = None) -> None:
+        self._group = group
         self._directory = directory or private_dir()
-        self._held: dict[int, int] = {}
+        self._held: dict[int, tuple[int, Path]] = {}
 
     def take(self, candidates: Sequence[int], count: int) -> tuple[int, ...]:
-        """Claim ``count`` of ``candidates``: first those that nobody claims, then, when too few are left, any."""
-        claimed: list[int] = []
-        for core in candidates:
-            if len(claimed) == count:
-                break
-            if core not in self._held and self._lock(core):
-                claimed.append(core)
-        rest = [core for core in candidates if core not in claimed]
-        return tuple(sorted([*claimed, *rest[: count - len(claimed)]]))
+        """Claim ``count`` of ``candidates``: those with the fewest claims of the group, then of anybody."""
+        with contextlib.suppress(OSError), self._alone():
+            groups = self._claims()
+            ordered = sorted(candidates, key=lambda core: (groups[core, self._group], groups[core, ""]))
+            chosen = tuple(sorted(ordered[:count]))
+            for core in chosen:
+                path = self._directory / f"core-{core}.{self._group}.{secrets.token_hex(4)}"
+                self._held[core] = (_locked(path), path)
+            return chosen
+        return tuple(candidates[:count])
 
     def release(self, cores: Sequence[int]) -> None:
         """Give up the claims on ``cores``."""
         for core in cores:
-            descriptor = self._held.pop(core, None)
-            if descriptor is not None:
+            descriptor, path = self._held.pop(core, (-1, self._directory))
+            if descriptor >= 0:
+                path.unlink(missing_ok=True)
                 os.close(descriptor)
 
-    def _lock(self, core: int) -> bool:
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        deadline = time.monotonic() + _LEASE_TIMEOUT_S
+        while True:
+            try:
+                descriptor = _locked(self._directory / "cores")
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
         try:
-            descriptor = os.open(self._directory / f"core-{core}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            yield
+        finally:
             os.close(descriptor)
-            return False
-        self._held[core] = descriptor
-        return True
+
+    def _claims(self) -> Counter[tuple[int, str]]:
+        # Per core and group, and per core with the group "" for all together.
+        claims: Counter[tuple[int, str]] = Counter()
+        for path in self._directory.glob("core-*.*.*"):
+            core, group, _ = path.name.removeprefix("core-").split(".")
+            try:
+                os.close(_locked(path))
+                path.unlink()  # its owner is dead
+            except BlockingIOError:
+                claims.update([(int(core), group), (int(core), "")])
+        return claims
 
 
 class ResourcePool:
@@ -207,6 +230,16 @@ def nodes_problem(nodes: Sequence[Mapping[str, float]], num_cpus: int, num_gpus:
         f"needs {num_cpus} CPUs and {num_gpus} GPUs on one node; the nodes of this cluster have: "
         f"{offered or 'nothing'}; ask for fewer (num_cpus, num_gpus)"
     )
+
+
+def _locked(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _cgroup_values(name: str) -> list[str]:

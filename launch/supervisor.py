@@ -25,13 +25,20 @@ class Supervisor:
 
     Args:
         working_dir: Directory to run in, when this node has it.
+        lease_group: Supervisors of one group on one node choose different cores.
         import_path: Where the driver looks for modules, beyond what every interpreter has (``os.pathsep`` between).
         preload: Modules imported once for all processes of its tasks.
         grace_s: Seconds between TERM and KILL when a process has failed.
     """
 
     def __init__(
-        self, working_dir: str, *, import_path: str = "", preload: Sequence[str] = (), grace_s: float = 10.0
+        self,
+        working_dir: str,
+        *,
+        lease_group: str,
+        import_path: str = "",
+        preload: Sequence[str] = (),
+        grace_s: float = 10.0,
     ) -> None:
         sys.path += [path for path in import_path.split(os.pathsep) if path and path not in sys.path]
         with contextlib.suppress(OSError):
@@ -39,7 +46,7 @@ class Supervisor:
         self._grace_s = grace_s
         self._preload = tuple(preload)
         self._server = ForkServer(preload)
-        self._leases = CoreLeases()
+        self._leases = CoreLeases(lease_group)
         self._group: Group | None = None
 
     async def start(self, task: Task) -> None:

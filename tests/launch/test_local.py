@@ -258,7 +258,8 @@ def test_no_listening_port_is_opened_and_poll_is_quick(executor, tmp_path):
     assert len(tree) >= 3
 
 
-def test_two_executors_choose_different_cores(tmp_path, two_cores):
+def test_two_executors_choose_different_cores(tmp_path, two_cores, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # away from the claims of other tests
     with LocalExecutor() as one, LocalExecutor() as two:
         for name, made in (("a", one), ("b", two)):
             made.submit(program(tmp_path, name, "sleep", str(tmp_path / name), "100"))

@@ -69,24 +69,30 @@ def test_no_core_or_gpu_is_ever_given_twice(requests):
         assert len(given_now) <= 4
 
 
-def test_leases_prefer_cores_that_nobody_claims_and_share_when_none_is_left(tmp_path):
-    one, two = CoreLeases(tmp_path), CoreLeases(tmp_path)
+def test_leases_avoid_the_own_group_first_and_then_everybody(tmp_path):
+    one, two = CoreLeases("one", tmp_path), CoreLeases("two", tmp_path)
     assert one.take((0, 1, 2), 2) == (0, 1)
     assert two.take((0, 1, 2), 1) == (2,)
-    assert two.take((0, 1), 1) == (0,)
-    one.release((0, 1))
-    assert CoreLeases(tmp_path).take((0, 1, 2), 2) == (0, 1)
+    again, three = CoreLeases("two", tmp_path), CoreLeases("three", tmp_path)
+    assert again.take((2, 0), 1) == (0,)  # as many claims as core 2, but none of its own group
+    assert three.take((0, 1), 1) == (1,)
+    for leases in (one, two, again, three):
+        leases.release((0, 1, 2))
+    assert list(tmp_path.glob("core-*")) == []
 
 
 def test_the_claims_of_a_dead_process_are_void(tmp_path):
-    code = "import sys, pathlib, launch.resources as r; r.CoreLeases(pathlib.Path(sys.argv[1])).take((0,), 1)"
+    code = "import sys, pathlib, launch.resources as r; r.CoreLeases('x', pathlib.Path(sys.argv[1])).take((0,), 1)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert (tmp_path / "core-0").exists()
-    assert CoreLeases(tmp_path).take((0, 1), 1) == (0,)
+    assert len(list(tmp_path.glob("core-0.x.*"))) == 1
+    assert CoreLeases("y", tmp_path).take((0, 1), 1) == (0,)
+    assert len(list(tmp_path.glob("core-0.x.*"))) == 0
 
 
 def test_leases_without_a_usable_directory_change_nothing(tmp_path):
-    assert CoreLeases(tmp_path / "missing").take((3, 4), 1) == (3,)
+    leases = CoreLeases("x", tmp_path / "missing")
+    assert leases.take((3, 4), 1) == (3,)
+    leases.release((3,))
 
 
 def test_the_private_directory_is_private_and_a_taken_name_is_not_used(tmp_path, monkeypatch):

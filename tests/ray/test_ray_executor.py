@@ -47,6 +47,12 @@ def python(code, *arguments, timeout_s=60, **env):
     )
 
 
+def servers(executor):
+    """Process ids of what makes up the cluster; its workers come and go."""
+    found = {process.pid: process.name() for process in executor.session.processes()}
+    return {pid for pid, name in found.items() if name in ("gcs_server", "raylet")}
+
+
 def gcs_address():
     import ray
 
@@ -146,7 +152,7 @@ def test_tasks_that_no_node_could_hold_are_refused(executor, tmp_path):
 
 
 def test_a_guest_needs_the_token_and_leaves_the_cluster_as_it_was(executor, tmp_path):
-    before = {process.pid for process in executor.session.processes()}
+    before = servers(executor)
     wrong = tmp_path / "wrong"
     wrong.write_text("0" * 64, encoding="utf-8")
     with_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(executor.session.token_path)}
@@ -157,11 +163,7 @@ def test_a_guest_needs_the_token_and_leaves_the_cluster_as_it_was(executor, tmp_
     guest = python(CLIENT, gcs_address(), str(tmp_path), **with_token)
     assert guest.stdout.split() == ["succeeded"], guest.stderr
     assert (tmp_path / "guest").exists()
-    core = {"gcs_server", "raylet"}
-    alive = {process.pid: process.name() for process in executor.session.processes()}
-    assert {pid for pid in before if pid in alive and alive[pid] in core} == {
-        pid for pid, name in alive.items() if name in core
-    }
+    assert servers(executor) == before
 
 
 OWNER = """
@@ -186,6 +188,12 @@ for attempt in ("first", "second"):
     executor.close()
     assert all(is_gone(process.pid) for process in processes)
     assert executor.poll()["runs"].state.value == "cancelled"
+    try:
+        executor.submit(program(folder, "late", "say", "x"))
+    except RuntimeError as error:
+        assert "is closed" in str(error)
+    else:
+        raise AssertionError("a closed executor took a task")
     assert not executor.session.directory.exists()
     assert dict(os.environ) == imported
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -195,10 +203,11 @@ print("clean")
 
 
 def test_close_ends_a_private_ray_completely_and_no_other(executor, tmp_path):
-    before = {process.pid for process in executor.session.processes()}
+    before = servers(executor)
     owner = python(OWNER, str(tmp_path))
     assert owner.stdout.split() == ["clean"], owner.stderr
-    assert before <= {process.pid for process in executor.session.processes()}
+    assert len(before) == 2
+    assert servers(executor) == before
     executor.submit(program(tmp_path, "still", "say", "here"))
     assert finish(executor)["still"].state is State.succeeded
 
