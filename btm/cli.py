@@ -9,6 +9,7 @@ checked before Hydra sees them, so that an unknown key (also with ``+``) names t
 0 done, 1 an error to repair, 2 a wrong configuration, 130 stopped by the user.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -36,6 +37,11 @@ VERBS = {
 _CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 _STORED_CONFIG_VERBS = {"add", "remove", "list", "inspect", "merge", "evaluate", "generate", "report", "status"}
 """Verbs that work on an existing forest and take its configuration, with overrides on top."""
+_ENVIRONMENT_ERRORS = {
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM,
+    errno.EROFS,
+}  # fmt: skip
+"""Errors of the system that the user can repair."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -109,6 +115,7 @@ def _run_hydra(verb: str, overrides: list[str]) -> None:
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     from btm.config import Config
     from btm.config_parse import config_to_dict
@@ -123,9 +130,16 @@ def _run_hydra(verb: str, overrides: list[str]) -> None:
             importlib.import_module(f"btm.verbs.{verb}").main(config)
         except BtmError as error:
             _fail(error)
+        except OmegaConfBaseException as error:
+            key = f"{error.full_key}: " if error.full_key else ""
+            _fail(ConfigError([f"{key}{str(error).splitlines()[0]}"]))
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        except OSError as error:
+            if error.errno not in _ENVIRONMENT_ERRORS:
+                raise
+            _fail(BtmError(f"{error.filename}: {error.strerror}; choose another path, or repair what hinders this one"))
 
     sys.argv = [f"btm {verb}", *overrides]
     hydra.main(config_path=str(_CONFIG_DIR), config_name="btm", version_base="1.3")(application)()
@@ -138,14 +152,29 @@ def _configuration(verb: str, raw: dict[str, Any], overrides: list[str]) -> Any:
 
     stored_path = Path(str(raw.get("forest"))) / "config.json"
     if verb in _STORED_CONFIG_VERBS and stored_path.is_file():
-        from btm.files import read_json
-
-        stored = read_json(stored_path)
+        stored = _stored_configuration(stored_path)
         for override in overrides:
             _copy_key(raw, stored, override.lstrip("+~").split("=", 1)[0])
         stored["forest"] = raw["forest"]
         raw = stored
     return parse_config(expand_directories(raw))
+
+
+def _stored_configuration(path: Path) -> dict[str, Any]:
+    """The configuration that a forest holds, checked before overrides are put on top."""
+    from btm.config_parse import parse_config
+    from btm.errors import ForestError
+    from btm.files import read_json
+
+    stored = read_json(path)
+    try:
+        if not isinstance(stored, dict):
+            raise ConfigError([f"a JSON object is needed, got {type(stored).__name__}"])
+        parse_config(stored)
+    except ConfigError as error:
+        problems = "; ".join(error.problems)
+        raise ForestError(f"{path} cannot be used ({problems}); restore it from a copy") from None
+    return stored
 
 
 def _copy_key(source: dict[str, Any], target: dict[str, Any], dotted: str) -> None:

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Model(BaseModel):
     """A frozen record that refuses unknown keys and documents fields by the string below them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class OnError(StrEnum):

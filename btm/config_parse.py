@@ -143,6 +143,8 @@ def _describe(item: Any) -> str:
         for part in path[:-1]:
             model = _submodel(_fields(model).get(part)) or Config
         return _unknown_key(path, _fields(model))
+    if item["type"] == "int_parsing_size":
+        return f"{'.'.join(path)} is too large, got {item['input']!r}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     return f"{'.'.join(path)} {message}, got {item['input']!r}"
 

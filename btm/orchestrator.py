@@ -139,7 +139,9 @@ class Orchestrator:
             state.state = "done"
             return True
         state.spec = build_spec(step, self._context)
-        if state.state == "waiting" and is_finished(step, state.spec, self._context):
+        # Only the worker of a preparation sees whether the text has changed; it re-uses what fits, quickly.
+        again = step.kind is StepKind.prepare or state.state == "restarting"
+        if not again and is_finished(step, state.spec, self._context):
             state.state, state.was_there = "done", True
             register(step, self._context)
             return True

@@ -103,6 +103,7 @@ def executor(config: Config) -> Iterator[Executor]:
             address=launch.ray_address,
             num_groups=launch.num_groups,
             dashboard=launch.ray_dashboard,
+            preload=_PRELOAD,
         )
     else:
         from launch.local import LocalExecutor

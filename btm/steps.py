@@ -37,8 +37,8 @@ def is_finished(step: Step, spec: SpecModel | None, context: Context) -> bool:
     """Whether the result of ``step`` is there and answers exactly ``spec``."""
     if step.kind is StepKind.joining:
         return step.name.removeprefix("join/") in context.forest().domains
-    if spec is None or step.kind is StepKind.prepare:
-        return False  # only the worker of a preparation can see whether the text has changed
+    if spec is None:
+        return False
     path = _result_path(step, spec)
     if not path.is_file():
         return False

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btm.version import __version__
 from btm.merge.methods import MergeMethod
 from btm.records import MergeInput, MergeSpec
+from btm.version import __version__
 
 CARD_NAME = "README.md"
 PROVENANCE_NAME = "merge.json"

@@ -90,7 +90,10 @@ def check_importable(forest: Forest, source: Path) -> None:
     """Refuse a model that cannot live in the forest.
 
     Raises:
-        ForestError: If it is not a model directory, would need its own code or pickles, or has another tokenizer.
+        ForestError: If it is not a model directory, would need pickles, has another tokenizer, or values that are not
+            finite.
+        MergeError: If its config needs code of its own, or its safetensors are damaged.
+        CheckpointError: If transformers cannot load it, or it has fewer embeddings than the tokenizer has entries.
     """
     if not (source / "config.json").is_file() or not list(source.glob("*.safetensors")):
         raise ForestError(
@@ -100,6 +103,17 @@ def check_importable(forest: Forest, source: Path) -> None:
     own, other = forest.tokenizer_dir / "tokenizer.json", source / "tokenizer.json"
     if not other.is_file() or sha256_of_file(own) != sha256_of_file(other):
         raise ForestError(f"{source} has another tokenizer than the forest ({own}); all models of a forest share one")
+    from btm.merge.model_files import open_model
+
+    open_model(source.name, source)
+    import torch
+
+    from btm.model.causal_lm import load_model
+
+    model = load_model(source, torch.bfloat16, vocab_size=forest.manifest.vocab_size)
+    for name, weights in model.named_parameters():
+        if not bool(torch.isfinite(weights).all()):
+            raise ForestError(f"{source}: {name} holds values that are not finite; export the model again")
 
 
 def _was_seed_path(config: Config) -> bool:

@@ -8,6 +8,7 @@ from btm.config import Config
 from btm.errors import ForestError
 from btm.files import read_json
 from btm.metrics import MetricsTail, is_dev_row, latest_rows
+from btm.records import TrainSpec
 from btm.session import console_for
 from btm.tables import format_count, rows_table
 
@@ -42,18 +43,19 @@ def main(config: Config) -> None:
 
 
 def _row(directory: Path, runs: Path) -> dict[str, Any]:
-    spec = read_json(directory / "spec.json")
+    raw = read_json(directory / "spec.json")
     row: dict[str, Any] = {"run": str(directory.relative_to(runs)), "updates": None}
-    if "last_update" not in spec:
+    if "last_update" not in raw:
         return row
+    spec = TrainSpec.load(directory / "spec.json")
     rows = latest_rows(MetricsTail(directory / "metrics.jsonl").read())
     training = [item for item in rows if not is_dev_row(item)]
     last = training[-1] if training else {}
     finished = (directory / "result.json").is_file()
     return row | {
         "state": "finished" if finished else "begun",
-        "updates": int(last.get("update", spec["first_update"])) - spec["first_update"],
-        "total_updates": spec["last_update"] - spec["first_update"],
+        "updates": int(last.get("update", spec.first_update)) - spec.first_update,
+        "total_updates": spec.last_update - spec.first_update,
         "tokens": last.get("tokens", 0),
         "loss": last.get("train/loss"),
         "tokens_per_s": last.get("train/tokens_per_s"),
