@@ -230,6 +230,7 @@ class MergeMethodName(StrEnum):
     uniform = "uniform"
     weighted = "weighted"
     posterior = "posterior"
+    nearest = "nearest"
     greedy_soup = "greedy_soup"
 
 

@@ -8,7 +8,7 @@ Lineage is a graph: an ELM that was branched from a mixture carries the data of 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from btm.errors import ForestError
@@ -125,10 +125,16 @@ class Forest:
             return self.path / self.manifest.seed.directory
         return self.path / self.elm(domain).directory
 
-    def join(self, record: ElmRecord, model_dir: Path) -> ElmRecord:
+    def join(self, record: ElmRecord, model_dir: Path, *, order: Sequence[str] = ()) -> ElmRecord:
         """Add the model in ``model_dir`` as ``record.domain`` .
 
         Files of the forest's own runs are hard-linked, those of others are copied.
+
+        Args:
+            record: Of the new ELM.
+            model_dir: Hugging Face directory.
+            order: Domains in the order that their ELMs shall have, whichever joins first; sums of weights round
+                differently in another order. A domain that is not among them comes last.
 
         Returns:
             The record with the directory and the checksums of its files.
@@ -140,7 +146,10 @@ class Forest:
         if record.domain in ("seed", *self.domains):
             raise ForestError(f"the forest {self.path} already has an ELM {record.domain!r}; remove it first")
         placed = self._place(record, model_dir, Path("elms") / record.domain)
-        self._write(self.manifest.model_copy(update={"elms": [*self.manifest.elms, placed]}))
+        later = order[order.index(record.domain) + 1 :] if record.domain in order else ()
+        at = next((index for index, name in enumerate(self.domains) if name in later), len(self.domains))
+        elms = [*self.manifest.elms[:at], placed, *self.manifest.elms[at:]]
+        self._write(self.manifest.model_copy(update={"elms": elms}))
         return placed
 
     def set_seed(self, record: ElmRecord, model_dir: Path) -> ElmRecord:

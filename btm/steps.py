@@ -71,7 +71,8 @@ def _join(domain: str, context: Context) -> None:
     result = TrainResult.load(context.run_dir(f"elm/{domain}") / "result.json")
     parents = _parents(domain, context)
     record = _record(domain, result, parents, context.domain_info(domain).fingerprint)
-    forest.join(record.model_copy(update={"ancestors": forest.ancestors(parents)}), Path(result.model_dir))
+    record = record.model_copy(update={"ancestors": forest.ancestors(parents)})
+    forest.join(record, Path(result.model_dir), order=context.domains)
 
 
 def _record(domain: str, result: TrainResult, parents: list[Parent], fingerprint: str) -> ElmRecord:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from btm.config import MergeMethodName
 from btm.merge.greedy_soup import greedy_soup_weights
+from btm.merge.nearest import nearest_weights
 from btm.merge.posterior import posterior_weights
 from btm.merge.request import MergeRequest
 from btm.merge.uniform import uniform_weights
@@ -45,6 +46,12 @@ MERGE_METHODS: Mapping[MergeMethodName, MergeMethod] = {
         reference="https://arxiv.org/abs/2208.03306",
         summary="Each weight is the mean posterior of the model's domain over the target domain's dev documents.",
         weigh=posterior_weights,
+    ),
+    MergeMethodName.nearest: MergeMethod(
+        title="Nearest model",
+        reference="https://arxiv.org/abs/2208.03306",
+        summary="The one model with the largest mean posterior on the target domain's dev documents.",
+        weigh=nearest_weights,
     ),
     MergeMethodName.greedy_soup: MergeMethod(
         title="Greedy soup",

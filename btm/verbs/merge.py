@@ -22,7 +22,7 @@ def main(config: Config) -> None:
 
     began, console, forest = time.monotonic(), console_for(config), existing_forest(config)
     check_names(config, forest)
-    needs_scores = config.merge.method is MergeMethodName.posterior
+    needs_scores = config.merge.method in (MergeMethodName.posterior, MergeMethodName.nearest)
     if needs_scores:
         with Forest.lock(config.forest):
             score_on_dev(config, forest)
@@ -46,7 +46,7 @@ def check_names(config: Config, forest: Forest) -> None:
     ]
     if not known:
         problems.append(f"the forest {config.forest} has no ELM to merge")
-    if merge.method in (MergeMethodName.posterior, MergeMethodName.greedy_soup):
+    if merge.method not in (MergeMethodName.uniform, MergeMethodName.weighted):
         prepared = sorted(path.parent.name for path in forest.path.glob("corpus/*/corpus.json"))
         if merge.domain not in prepared:
             problems.append(f"merge.method={merge.method} needs merge.domain, one of {prepared}, got {merge.domain!r}")

@@ -115,13 +115,13 @@ def test_an_existing_model_joins_and_another_tokenizer_does_not(own_forest, tmp_
     assert "another tokenizer" in done.stderr
 
 
-@pytest.mark.parametrize("method", ["uniform", "weighted", "posterior", "greedy_soup"])
+@pytest.mark.parametrize("method", ["uniform", "weighted", "posterior", "nearest", "greedy_soup"])
 def test_merge_writes_a_model_that_transformers_loads(own_forest, method):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     extra = ["merge.weights.code=3", "merge.weights.docs=1"] if method == "weighted" else []
-    extra += ["merge.domain=docs"] if method in ("posterior", "greedy_soup") else []
+    extra += ["merge.domain=docs"] if method in ("posterior", "nearest", "greedy_soup") else []
     output = own_forest / "out"
     run_btm("merge", f"forest={own_forest}", f"merge={method}", f"merge.output={output}", *extra, cwd=own_forest)
     model = AutoModelForCausalLM.from_pretrained(output)
