@@ -208,7 +208,9 @@ class Forest:
 
     def clean(self) -> None:
         """Remove what killed writers left behind. Hold :meth:`lock`."""
-        for folder in (self.path, self.path / "elms", self.path / "averages", self.path / "merged"):
+        # A step that was killed when its result was there already is not done again, and so does not clean up itself.
+        deep = [folder for top in ("averages", "scores") for folder in (self.path / top).glob("**/")]
+        for folder in (self.path, self.path / "elms", self.path / "merged", *deep):
             if folder.is_dir():
                 remove_leftovers(folder)
 
