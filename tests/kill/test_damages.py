@@ -48,8 +48,8 @@ def damage(path: Path, other: Path, kind: str, generator: random.Random) -> None
     assert path.read_bytes() != before
 
 
-def damage_checkpoint(run: Path, scratch: Path, kind: str, generator: random.Random) -> tuple[str, int, int | None]:
-    """Damage the newest of a run's checkpoints; returns the file, and the updates of the one before and of the choice."""
+def damage_checkpoint(run: Path, scratch: Path, kind: str, generator: random.Random) -> tuple[str, int, int]:
+    """Damage the newest of a run's checkpoints; returns the file, the update of the one before and of the choice."""
     directory = scratch / "checkpoints"
     shutil.copytree(run / "checkpoints", directory)
     before, newest = sorted(directory.glob("step-*"))[-2:]
@@ -133,8 +133,7 @@ def test_r4_a_full_disk_stops_cleanly_and_the_run_completes_when_there_is_space(
         cwd=tmp_path,
         env=env,
         preexec_fn=limit_files,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=170,
         check=False,
