@@ -11,6 +11,7 @@ from btm.budget import divide_updates
 from btm.config import Config
 from btm.errors import ForestError
 from btm.forest import Forest
+from btm.merge.model_files import open_model
 from btm.plan import Step, plan_run
 from btm.plan_table import plan_tables
 from btm.records import Evaluation
@@ -57,11 +58,14 @@ def run_forest(config: Config, steps: Sequence[Step], console: Console) -> None:
 
     Raises:
         ForestError: If the disk cannot hold the run.
+        MergeError: If the model that is to be the seed cannot be read as data.
         RunError: If a step failed for good.
     """
     domains, novel, later = domain_groups(config)
     forest_dir = Path(config.forest)
     check_writable(forest_dir)
+    if config.model.path and not Forest.exists(forest_dir):
+        open_model("seed", Path(config.model.path))
     forest_dir.mkdir(parents=True, exist_ok=True)
     with Forest.lock(forest_dir):
         check_disk(steps, forest_dir)
