@@ -24,7 +24,7 @@ from launch.task import Executor
 _PRELOAD = ("torch", "transformers", "btm.train.worker", "btm.evaluate.score")
 """Imported once by the fork server; every step then starts in milliseconds."""
 _FREE_KEYS = ("dry_run", "allow_config_change", "domain", "json", "launch", "tracking", "merge", "ensemble", "evaluate")
-_FREE_KEYS += ("generate", "branch", "baselines")
+_FREE_KEYS += ("generate", "branch", "baselines", "forest")
 """Parts of the configuration that may change between two runs on one forest."""
 
 
