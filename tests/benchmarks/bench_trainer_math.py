@@ -67,29 +67,48 @@ def ours(options: argparse.Namespace, batch: Batch, *, compiled: bool = True) ->
     return run
 
 
+def linear_products(weight: torch.Tensor, inputs: torch.Tensor, grads: torch.Tensor | None, backward: bool) -> None:
+    """What a linear layer multiplies."""
+    outputs = torch.mm(inputs, weight.t())
+    if backward:
+        grads = outputs if grads is None else grads
+        torch.mm(grads, weight)
+        torch.mm(grads.t(), inputs)
+
+
+def attention_products(states: torch.Tensor, backward: bool) -> None:
+    """What one attention layer multiplies, the upper triangle left out in four blocks; ``states`` [N, T, D]."""
+    quarter = states.shape[1] // 4
+    for end in range(quarter, states.shape[1] + 1, quarter):
+        rows, seen = states[:, end - quarter : end], states[:, :end]
+        scores = torch.bmm(rows, seen.transpose(1, 2))
+        torch.bmm(scores, seen)
+        if backward:
+            torch.bmm(rows, seen.transpose(1, 2))
+            torch.bmm(scores, seen)
+            torch.bmm(scores.transpose(1, 2), rows)
+            torch.bmm(scores.transpose(1, 2), rows)
+
+
 def matmuls(options: argparse.Namespace, batch: Batch, *, backward: bool) -> Callable[[], None]:
-    """The products of all linear layers and nothing between them: no attention, the head in the loss's chunks."""
+    """All matrix products and nothing between them, the head in the loss's chunks."""
     model = make_model(options).bfloat16()
     weights = [module.weight.detach() for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    tokens = batch[0].numel()
+    tokens, config = batch[0].numel(), model.config
     values = {size: torch.randn(tokens, size).bfloat16() for weight in weights for size in weight.shape if size < 8192}
+    states = torch.randn(options.sequences * config.num_attention_heads, options.length, config.head_dim).bfloat16()
     rows = max(16, (1 << 25) // options.vocab)
 
-    def products(weight: torch.Tensor, inputs: torch.Tensor, grads: torch.Tensor | None) -> None:
-        outputs = torch.mm(inputs, weight.t())
-        if backward:
-            grads = outputs if grads is None else grads
-            torch.mm(grads, weight)
-            torch.mm(grads.t(), inputs)
-
     def run() -> None:
+        for _ in range(config.num_hidden_layers):
+            attention_products(states, backward)
         for weight in weights:
             inputs = values[weight.shape[1]]
             if weight.shape[0] in values:
-                products(weight, inputs, values[weight.shape[0]])
+                linear_products(weight, inputs, values[weight.shape[0]], backward)
             else:
                 for part in inputs.split(rows):
-                    products(weight, part, None)
+                    linear_products(weight, part, None, backward)
 
     return run
 

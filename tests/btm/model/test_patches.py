@@ -121,3 +121,14 @@ def test_training_steps_are_bit_identical(make_model, tokens, segments, path):
         prepare_for_training(model, "cpu", torch.bfloat16)
         gradients.append(_loss_and_gradients(model, *tokens, segments)[1])
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gpu_computes_the_same(make_model, tokens, segments, packed):
+    batch = (*tokens, segments) if packed else tokens
+    expected = _loss_and_gradients(make_model(), *batch)
+    model = make_model()
+    prepare_for_training(model, "cuda")
+    loss, gradients = _loss_and_gradients(model, *(item.cuda() for item in batch))
+    _assert_close((loss.cpu(), [item.cpu() for item in gradients]), expected, 1e-3)
