@@ -5,6 +5,7 @@ Memory holds a few batches of text, whatever the size of the corpus. Finished do
 preparation goes on with the domain it was at.
 """
 
+import errno
 import os
 import shutil
 import sys
@@ -35,6 +36,7 @@ from btm.errors import BtmError, DataError
 from btm.files import directory_in_one_step, exclusive_lock, remove_leftovers
 from btm.records import DomainInfo, PrepareResult, PrepareSpec
 
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _SHARED_LIMIT = 0.01
 _SURVEY_DIR = ".survey"
 
@@ -246,9 +248,16 @@ def main(arguments: Sequence[str]) -> int:
                 progress.say(_summary(info))
             for warning in result.warnings:
                 progress.say(f"warning: {warning}")
-    except (BtmError, OSError) as error:
+    except BtmError as error:
         sys.stderr.write(f"{error}\n")
-        return error.exit_code if isinstance(error, BtmError) else 1
+        return error.exit_code
+    except OSError as error:
+        if error.errno in _FULL_DISK:
+            where = error.filename or "the corpus"
+            sys.stderr.write(f"cannot write {where}: {error.strerror}; make room and run again\n")
+        else:
+            sys.stderr.write(f"{error}\n")
+        return 1
     return 0
 
 
