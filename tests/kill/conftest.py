@@ -14,7 +14,7 @@ RECIPE = (
     *SMOKE,
     "engine.dtype=fp32",
     "baselines=dense",
-    "data.max_documents=150",
+    "data.max_documents=100",
     "data.num_workers=1",
     "model.num_layers=1",
     "train.tokens=57600",

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 KINDS = ("truncated", "bit flipped", "4 KiB of zeros", "missing", "swapped")
 NUM_DAMAGES = 200
 HOLE_BYTES = 4096
-FILE_SIZE_LIMITS = (20_000, 350_000)
+FILE_SIZE_LIMITS = (20_000, 600_000)
 """Bytes: too few for a corpus; enough for corpus and weights, too few for the optimizer state."""
 
 
