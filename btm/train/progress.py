@@ -8,6 +8,7 @@ from btm.records import StoredModel, TrainSpec
 from btm.train.spikes import SpikeState
 
 _FREE_KEYS = (
+    "root",
     "output_dir",
     "tokenizer_dir",
     "start.path",
