@@ -105,7 +105,7 @@ class KilledRun:
         while driver.poll() is None:
             assert time.monotonic() < deadline, f"the driver hangs\n{self.log.read_text()[-3000:]}"
             aim, path = None, None
-            self._logs = {process: log for process in descendants(driver) if (log := log_of(process, self.forest))}
+            self._look_for_workers(driver)
             for path in watch.wait(min(0.2, max(0.0, next_random - time.monotonic()))):
                 aim = self._aim_at(path)
                 if aim and self._kill(driver, aim, path):
@@ -168,8 +168,9 @@ class KilledRun:
         if victim == "driver":
             return [driver]
         if victim == "worker":
-            step = step_of(path, self.forest) if path else ""
-            return [process for process, log in self._logs.items() if f"/runs/{step}" in log]
+            if path and not self._workers_of(path):
+                self._look_for_workers(driver)
+            return self._workers_of(path)
         marks = {"fork server": "launch.forkserver", "actor": "ray::Supervisor", "raylet": "raylet/raylet"}
         # Children that the fork server has forked carry its command line: they write to a log.
         return [
@@ -177,6 +178,14 @@ class KilledRun:
             for process in descendants(driver)
             if process not in self._logs and marks[victim] in command_line(process) and has_children(process)
         ]
+
+    def _look_for_workers(self, driver: psutil.Popen) -> None:
+        self._logs = {process: log for process in descendants(driver) if (log := log_of(process, self.forest))}
+
+    def _workers_of(self, path: Path | None) -> list[psutil.Process]:
+        """Workers of the step that writes ``path``; all for None."""
+        step = step_of(path, self.forest) if path else ""
+        return [process for process, log in self._logs.items() if f"/runs/{step}" in log]
 
     def _assert_dead(self, processes: Sequence[psutil.Process]) -> None:
         deadline = time.monotonic() + DIES_WITH_DRIVER_S
