@@ -10,7 +10,8 @@ import pytest
 from btm import session
 from btm.cli import main
 from btm.forest import Forest
-from tests.integration.bad_input_cases import CONFIGS, DAMAGES, DATA, MODELS, REQUESTS, Case
+from tests.integration.bad_input_cases import CONFIGS, DATA, REQUESTS, Case
+from tests.integration.hostile_cases import DAMAGES, MODELS
 
 LEFTOVERS = ("forest/runs/prepare/bad/", "forest/corpus/bad/", "forest/corpus/.survey/bad/")
 """What a failed preparation may leave for the next attempt."""
