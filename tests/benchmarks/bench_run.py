@@ -215,7 +215,7 @@ def _start(spec: TrainSpec, cores: set[int], *, threads: int = 1, **environment:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),  # noqa: PLW1509 -- no threads run here
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
 
 

@@ -3,13 +3,15 @@
 ``python tests/benchmarks/bench_trainer.py`` runs in turn, each as a process of its own: the real worker
 (``btm.train.worker`` on real token shards) and what everybody writes first around transformers' model: under autocast
 from fp32 weights, and with bf16 weights and fp32 masters. All have the same model, batches, fused AdamW, clipping and
-tuned allocator; the hand-written loops write no metrics and no checkpoints. The worker is timed by the wall-clock of
-its metrics rows, so that everything between two updates counts; its peak is measured by the worker itself.
+tuned allocator; the hand-written loops write no metrics and no checkpoints. All processes live at the same time and
+take turns of a few updates, the others stopped by a signal, so that other load on the machine meets all alike;
+everything that a process does in its turns counts. The bf16 matmul peak is measured by the worker itself.
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,10 +29,45 @@ from btm.records import PrepareSpec, Start, TokenSource, TrainSpec
 
 VOCABULARY = 32_000
 LENGTH = 512
-LOG_EVERY = 5
+WARM_UP = 3
+POLL_S = 0.002
 FLOOR, GOAL = 0.97, 1.9
 HAND_WRITTEN = ("autocast", "bf16 weights")
-DEFAULT_CHECKPOINT_EVERY = TrainConfig().checkpoint_every
+
+
+class Contender:
+    """A training process that runs only in its turns."""
+
+    def __init__(self, name: str, command: list[str], rows: Path, options: argparse.Namespace) -> None:
+        """Start it; ``rows`` gets a line per update."""
+        environment = dict(os.environ)
+        if options.threads:
+            environment["OMP_NUM_THREADS"] = str(options.threads)
+        self.name, self.seconds = name, list[float]()
+        self._rows, self._log, self._target = rows, rows.with_suffix(".log"), 0
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    def turn(self, updates: int) -> None:
+        """Let it run until ``updates`` more are done, then stop it."""
+        self._target += updates
+        began = time.perf_counter()
+        self._process.send_signal(signal.SIGCONT)
+        while len(self.rows()) < self._target:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"{self.name} ended: {self._log.read_text()[-2000:]}")
+            time.sleep(POLL_S)
+        self._process.send_signal(signal.SIGSTOP)
+        self.seconds.append(time.perf_counter() - began)
+
+    def rows(self) -> list[str]:
+        """Complete lines so far."""
+        return self._rows.read_text(encoding="utf-8").splitlines() if self._rows.exists() else []
+
+    def close(self) -> None:
+        """End the process, stopped or not."""
+        self._process.kill()
+        self._process.wait()
 
 
 def main() -> None:
@@ -43,11 +80,24 @@ def main() -> None:
         folder = Path(scratch)
         prefix = prepare_text(folder)
         load = os.getloadavg()[0]
-        rounds = [
-            (worker_round(folder, prefix, number, options), [hand_round(k, prefix, options) for k in HAND_WRITTEN])
-            for number in range(options.rounds)
-        ]
-        report(rounds, options, load)
+        contenders: list[Contender] = []
+        try:
+            for name in ("worker", *HAND_WRITTEN):
+                rows = folder / "run" / "metrics.jsonl" if name == "worker" else folder / f"{name.split()[0]}.jsonl"
+                contenders.append(Contender(name, _command(name, folder, prefix, rows, options), rows, options))
+                contenders[-1].turn(WARM_UP)
+            for _ in range(options.rounds):
+                for contender in contenders:
+                    contender.turn(options.turn)
+            report(contenders, options, load)
+        finally:
+            for contender in contenders:
+                contender.close()
+
+
+def total_updates(options: argparse.Namespace) -> int:
+    """More than are run, so that nobody ends by itself."""
+    return WARM_UP + options.rounds * options.turn + 10
 
 
 def prepare_text(folder: Path) -> Path:
@@ -66,57 +116,39 @@ def prepare_text(folder: Path) -> Path:
     return folder / "corpus" / "part0" / "train"
 
 
-def worker_round(folder: Path, prefix: Path, number: int, options: argparse.Namespace) -> dict[str, float]:
-    """One training by the worker; the first row's updates are warm-up.
-
-    Returns:
-        tokens/s over everything, tokens/s of updates alone, seconds of one checkpoint with metrics, FLOP/s peak, loss.
-    """
-    output, updates = folder / f"run{number}", LOG_EVERY + options.updates
+def _command(name: str, folder: Path, prefix: Path, rows: Path, options: argparse.Namespace) -> list[str]:
+    if name != "worker":
+        command = [sys.executable, __file__, "--contender", name, "--prefix", str(prefix), "--rows", str(rows)]
+        for key in ("sequences", "rounds", "turn", "threads"):
+            command += [f"--{key}", str(getattr(options, key))]
+        return command
+    rows.parent.mkdir()
+    train = TrainConfig(
+        sequence_length=LENGTH,
+        batch_tokens=options.sequences * LENGTH,
+        log_every=1,
+        checkpoint_every=options.checkpoint_every,
+        lr=1e-3,
+    )
     spec = TrainSpec(
         name="bench",
-        output_dir=str(output),
+        output_dir=str(rows.parent),
         start=Start(kind="scratch"),
         sources=[TokenSource(domain="part0", prefix=str(prefix))],
-        last_update=updates,
-        total_updates=updates,
+        last_update=total_updates(options),
+        total_updates=total_updates(options),
         batch_sequences=options.sequences,
         tokenizer_dir=str(folder / "tokenizer"),
         model=ModelConfig(num_layers=6),
-        train=TrainConfig(
-            sequence_length=LENGTH,
-            batch_tokens=options.sequences * LENGTH,
-            log_every=LOG_EVERY,
-            checkpoint_every=options.updates,
-        ),
+        train=train,
         engine=EngineConfig(),
     )
-    spec.save(folder / f"spec{number}.json")
-    _run([sys.executable, "-m", "btm.train.worker", str(folder / f"spec{number}.json")], options)
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    wall = rows[-1]["time"] - rows[0]["time"]
-    window = LOG_EVERY * options.sequences * LENGTH
-    updating = sum(window / row["train/tokens_per_s"] for row in rows[1:])
-    tokens = options.updates * options.sequences * LENGTH
-    return {
-        "tokens_per_s": tokens / wall,
-        "updates_only": tokens / updating,
-        "between": wall - updating,
-        "peak": rows[-1]["train/flops_per_s"] / rows[-1]["train/peak_share"],
-        "flops_per_token": rows[-1]["train/flops_per_s"] / rows[-1]["train/tokens_per_s"],
-        "loss": rows[-1]["train/loss"],
-    }
-
-
-def hand_round(contender: str, prefix: Path, options: argparse.Namespace) -> dict[str, float]:
-    """One training by a hand-written loop in a process of its own."""
-    command = [sys.executable, __file__, "--contender", contender, "--prefix", str(prefix)]
-    command += ["--sequences", str(options.sequences), "--updates", str(max(5, options.updates // 2))]
-    return json.loads(_run(command, options))
+    spec.save(folder / "spec.json")
+    return [sys.executable, "-m", "btm.train.worker", str(folder / "spec.json")]
 
 
 def hand_written(options: argparse.Namespace) -> None:
-    """Train and print tokens/s and loss as JSON; this is the child process."""
+    """Train and write a row per update; this is the child process."""
     import torch
 
     from btm.model.allocator import tune_allocator
@@ -127,18 +159,14 @@ def hand_written(options: argparse.Namespace) -> None:
     model = build_model(ModelConfig(num_layers=6), vocab_size=VOCABULARY, eos_id=0, seed=0)
     is_autocast = options.contender == "autocast"
     step = _autocast_step(model) if is_autocast else _master_step(model)
-    losses, began = [], 0.0
-    for number, (inputs, targets) in enumerate(_batches(options)):
-        if number == LOG_EVERY:
-            began = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16) if is_autocast else nullcontext():
-            logits = model(input_ids=inputs, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        step()
-        losses.append(loss.item())
-    tokens = (len(losses) - LOG_EVERY) * options.sequences * LENGTH
-    print(json.dumps({"tokens_per_s": tokens / (time.perf_counter() - began), "loss": losses[-1]}))
+    with open(options.rows, "w", encoding="utf-8", buffering=1) as rows:
+        for inputs, targets in _batches(options):
+            with torch.autocast("cpu", torch.bfloat16) if is_autocast else nullcontext():
+                logits = model(input_ids=inputs, use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            loss.backward()
+            step()
+            rows.write(json.dumps({"train/loss": loss.item()}) + "\n")
 
 
 def _batches(options: argparse.Namespace) -> Iterator[tuple]:
@@ -146,7 +174,7 @@ def _batches(options: argparse.Namespace) -> Iterator[tuple]:
 
     ids = np.memmap(f"{options.prefix}.bin", dtype=np.uint16, mode="r")
     size = options.sequences * LENGTH
-    for number in range(LOG_EVERY + options.updates):
+    for number in range(total_updates(options)):
         part = torch.from_numpy(ids[number * size : (number + 1) * size + 1].astype(np.int64))
         yield part[:-1].view(-1, LENGTH), part[1:].view(-1, LENGTH)
 
@@ -191,70 +219,49 @@ def _adamw(weights):
     return torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def report(rounds: list, options: argparse.Namespace, load: float) -> None:
-    """Print medians and fastest rounds, and the ratio of the medians."""
-    ours = {key: [worker[key] for worker, _ in rounds] for key in rounds[0][0]}
-    hand = {
-        name: [contenders[index]["tokens_per_s"] for _, contenders in rounds] for index, name in enumerate(HAND_WRITTEN)
-    }
-    best = max(hand, key=lambda name: statistics.median(hand[name]))
-    # At the default interval, from the same measurement: updates as they were, what is between them spread wider.
-    tokens = options.sequences * LENGTH
-    default = [
-        tokens / (tokens / fast + between / max(options.updates, DEFAULT_CHECKPOINT_EVERY))
-        for fast, between in zip(ours["updates_only"], ours["between"], strict=True)
-    ]
-    peak = max(ours["peak"])
-    needed = statistics.median(ours["flops_per_token"]) - 6 * 6 * 384 * LENGTH
+def report(contenders: list[Contender], options: argparse.Namespace, load: float) -> None:
+    """Print tokens/s over all turns, the fastest turn, the share of the peak and the ratios."""
+    turns = {contender.name: contender.seconds[1:] for contender in contenders}
+    tokens = options.sequences * LENGTH * options.turn
+    rates = {name: len(seconds) * tokens / sum(seconds) for name, seconds in turns.items()}
+    last = json.loads(contenders[0].rows()[-1])
+    peak = last["train/flops_per_s"] / last["train/peak_share"]
+    # The trainer's own count has the full square of the scores; what causal attention needs is half of it.
+    needed = last["train/flops_per_s"] / last["train/tokens_per_s"] - 6 * 6 * 384 * LENGTH
     threads = options.threads or len(os.sched_getaffinity(0))
+    saved = (WARM_UP + options.rounds * options.turn) // options.checkpoint_every
     print(
         f"trainer, Llama of 6 x 384 with {VOCABULARY} tokens, {options.sequences} x {LENGTH} per update, {threads} "
-        f"threads, {len(rounds)} rounds in turn; load {load:.2f} before, {os.getloadavg()[0]:.2f} after\n"
-        f"bf16 matmul peak in the worker {peak / 1e9:.0f} GFLOP/s (lowest round {min(ours['peak']) / 1e9:.0f}); "
-        f"shares count causal attention once"
+        f"threads, {options.rounds} turns of {options.turn} updates, {saved} checkpoints in them; load {load:.2f} "
+        f"before, {os.getloadavg()[0]:.2f} after\nbf16 matmul peak in the worker {peak / 1e9:.0f} GFLOP/s"
     )
-    contenders = {
-        f"worker, a checkpoint every {options.updates} updates": ours["tokens_per_s"],
-        f"worker, a checkpoint every {DEFAULT_CHECKPOINT_EVERY} (default)": default,
-        "worker, updates alone": ours["updates_only"],
-        **{f"hand-written, {name}": values for name, values in hand.items()},
-    }
-    print(f"{'':44} median t/s   fastest  of peak   ratio")
-    base = statistics.median(hand[best])
-    for name, values in contenders.items():
-        middle = statistics.median(values)
-        print(f"{name:44} {middle:10.0f} {max(values):9.0f} {middle * needed / peak:8.1%} {middle / base:7.2f}")
-    pairs = [value / max(c["tokens_per_s"] for c in pair) for value, (_, pair) in zip(default, rounds, strict=True)]
-    print(f"between updates: {statistics.median(ours['between']):.2f} s for one checkpoint and all metrics")
+    base = max(HAND_WRITTEN, key=rates.__getitem__)
+    print(f"{'':30} tokens/s   fastest  of peak   ratio   last loss")
+    for contender in contenders:
+        rate, fastest = rates[contender.name], tokens / min(turns[contender.name])
+        loss = json.loads(contender.rows()[-1])["train/loss"]
+        print(
+            f"{contender.name:30} {rate:8.0f} {fastest:9.0f} {fastest * needed / peak:8.1%} {rate / rates[base]:7.2f} "
+            f"{loss:11.2f}"
+        )
+    pairs = sorted(theirs / ours for ours, theirs in zip(turns["worker"], turns[base], strict=True))
     print(
-        f"last loss: worker {ours['loss'][-1]:.2f}, "
-        + ", ".join(f"{n} {c['loss']:.2f}" for n, c in zip(HAND_WRITTEN, rounds[-1][1], strict=True))
+        f"ratio over all turns {rates['worker'] / rates[base]:.2f}, median turn {statistics.median(pairs):.2f} "
+        f"({pairs[0]:.2f} to {pairs[-1]:.2f}); floor {FLOOR}, goal {GOAL}; share of peak (fastest turn): goal 50%"
     )
-    print(
-        f"ratio of the medians {statistics.median(default) / base:.2f}, per round "
-        f"{', '.join(f'{pair:.2f}' for pair in pairs)} (floor {FLOOR}, goal {GOAL}; peak share goal 50%)"
-    )
-
-
-def _run(command: list[str], options: argparse.Namespace) -> str:
-    environment = dict(os.environ)
-    if options.threads:
-        environment["OMP_NUM_THREADS"] = str(options.threads)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command[1:4]} failed: {done.stderr[-2000:]}")
-    return done.stdout
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=20, help="updates measured per round, a multiple of 5")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--turn", type=int, default=5, help="updates per turn")
     parser.add_argument("--sequences", type=int, default=8, help="sequences per update")
+    parser.add_argument("--checkpoint-every", type=int, default=20, help="five times as often as the default of btm")
     parser.add_argument("--threads", type=int, default=0, help="0 takes all cores")
     parser.add_argument("--directory", default=None, help="where runs are written")
     parser.add_argument("--contender", default="", help=argparse.SUPPRESS)
     parser.add_argument("--prefix", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
