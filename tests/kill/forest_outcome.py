@@ -9,7 +9,8 @@ from btm.files import sha256_of_file
 
 _TIMES = {"time", "seconds", "created", "train/tokens_per_s", "train/flops_per_s", "train/peak_share"}
 _TIMES |= {"spec_sha256", "model_dir"}
-"""A request may name the cost of its parents, so its hash is no more equal than two clocks; a copied forest keeps old paths."""
+"""A request may name the cost of its parents, so its hash is no more equal than two clocks; a copied forest keeps the
+paths that it was made with."""
 
 
 def outcome(forest: Path) -> dict[str, Any]:
