@@ -5,7 +5,8 @@
 from fp32 weights, and with bf16 weights and fp32 masters. All have the same model, batches, fused AdamW, clipping and
 tuned allocator; the hand-written loops write no metrics and no checkpoints. All processes live at the same time and
 take turns of a few updates, the others stopped by a signal, so that other load on the machine meets all alike;
-everything that a process does in its turns counts. The bf16 matmul peak is measured by the worker itself.
+everything that a process does in its turns counts. The bf16 matmul peak is measured before each turn, and once by the
+worker itself, as it always does; the highest counts.
 """
 
 import argparse
@@ -86,10 +87,12 @@ def main() -> None:
                 rows = folder / "run" / "metrics.jsonl" if name == "worker" else folder / f"{name.split()[0]}.jsonl"
                 contenders.append(Contender(name, _command(name, folder, prefix, rows, options), rows, options))
                 contenders[-1].turn(WARM_UP)
+            peaks = []
             for _ in range(options.rounds):
+                peaks.append(_peak(options))
                 for contender in contenders:
                     contender.turn(options.turn)
-            report(contenders, options, load)
+            report(contenders, options, load, max(peaks))
         finally:
             for contender in contenders:
                 contender.close()
@@ -114,6 +117,16 @@ def prepare_text(folder: Path) -> Path:
         )
     )
     return folder / "corpus" / "part0" / "train"
+
+
+def _peak(options: argparse.Namespace) -> float:
+    import torch
+
+    from btm.train.peak import matmul_peak
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return matmul_peak(torch.bfloat16, torch.device("cpu"))
 
 
 def _command(name: str, folder: Path, prefix: Path, rows: Path, options: argparse.Namespace) -> list[str]:
@@ -219,13 +232,14 @@ def _adamw(weights):
     return torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def report(contenders: list[Contender], options: argparse.Namespace, load: float) -> None:
+def report(contenders: list[Contender], options: argparse.Namespace, load: float, peak: float) -> None:
     """Print tokens/s over all turns, the fastest turn, the share of the peak and the ratios."""
     turns = {contender.name: contender.seconds[1:] for contender in contenders}
     tokens = options.sequences * LENGTH * options.turn
     rates = {name: len(seconds) * tokens / sum(seconds) for name, seconds in turns.items()}
     last = json.loads(contenders[0].rows()[-1])
-    peak = last["train/flops_per_s"] / last["train/peak_share"]
+    in_worker = last["train/flops_per_s"] / last["train/peak_share"]
+    peak = max(peak, in_worker)
     # The trainer's own count has the full square of the scores; what causal attention needs is half of it.
     needed = last["train/flops_per_s"] / last["train/tokens_per_s"] - 6 * 6 * 384 * LENGTH
     threads = options.threads or len(os.sched_getaffinity(0))
@@ -233,7 +247,8 @@ def report(contenders: list[Contender], options: argparse.Namespace, load: float
     print(
         f"trainer, Llama of 6 x 384 with {VOCABULARY} tokens, {options.sequences} x {LENGTH} per update, {threads} "
         f"threads, {options.rounds} turns of {options.turn} updates, {saved} checkpoints in them; load {load:.2f} "
-        f"before, {os.getloadavg()[0]:.2f} after\nbf16 matmul peak in the worker {peak / 1e9:.0f} GFLOP/s"
+        f"before, {os.getloadavg()[0]:.2f} after\nbf16 matmul peak {peak / 1e9:.0f} GFLOP/s, "
+        f"at the worker's start {in_worker / 1e9:.0f}"
     )
     base = max(HAND_WRITTEN, key=rates.__getitem__)
     print(f"{'':30} tokens/s   fastest  of peak   ratio   last loss")
@@ -247,7 +262,8 @@ def report(contenders: list[Contender], options: argparse.Namespace, load: float
     pairs = sorted(theirs / ours for ours, theirs in zip(turns["worker"], turns[base], strict=True))
     print(
         f"ratio over all turns {rates['worker'] / rates[base]:.2f}, median turn {statistics.median(pairs):.2f} "
-        f"({pairs[0]:.2f} to {pairs[-1]:.2f}); floor {FLOOR}, goal {GOAL}; share of peak (fastest turn): goal 50%"
+        f"({pairs[0]:.2f} to {pairs[-1]:.2f}); "
+        f"floor {FLOOR}, goal {GOAL}; share of peak (fastest turn): goal 50%"
     )
 
 
