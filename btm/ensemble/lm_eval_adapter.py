@@ -20,7 +20,7 @@ from btm.files import write_atomic
 from btm.forest import Forest
 
 if TYPE_CHECKING:
-    from lm_eval.api.model import LM
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 
 _DEFAULT_DOCUMENTS = 20
 
