@@ -24,6 +24,7 @@ from launch.logs import end_of_log
 from launch.task import Executor, State, Status, Task
 
 _LOG_LINES = 15
+_REASON_CHARACTERS = 300
 _SUBMITTED = ("queued", "running")
 
 
@@ -140,9 +141,9 @@ class Orchestrator:
             return True
         state.spec = build_spec(step, self._context)
         # Only the worker of a preparation sees whether the text has changed; it re-uses what fits, quickly.
-        again = step.kind is StepKind.prepare or state.state == "restarting"
-        if not again and is_finished(step, state.spec, self._context):
-            state.state, state.was_there = "done", True
+        if step.kind is not StepKind.prepare and is_finished(step, state.spec, self._context):
+            state.was_there = state.state == "waiting"
+            state.state = "done"
             register(step, self._context)
             return True
         task = make_task(step, state.spec, self._context)
@@ -255,7 +256,7 @@ def make_task(step: Step, spec: SpecModel | None, context: Context) -> Task:
 
 def _reason(status: Status) -> str:
     if status.reason:
-        return status.reason
+        return status.reason.splitlines()[0][:_REASON_CHARACTERS]
     if status.exit_code is not None and status.exit_code < 0:
         return f"killed by signal {-status.exit_code}"
     return f"exit code {status.exit_code}"

@@ -213,7 +213,7 @@ def _score_spec(step: Step, context: Context) -> ScoreSpec:
             keys = [("test", name.removeprefix("average/posterior/"))]
     else:
         result = TrainResult.load(context.run_dir(name) / "result.json")
-        model_dir, sha256 = Path(result.model_dir), result.spec_sha256
+        model_dir, sha256 = context.run_dir(name) / "model", result.spec_sha256
     return ScoreSpec(
         root=str(context.forest_dir),
         name=name,

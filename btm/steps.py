@@ -61,7 +61,7 @@ def register(step: Step, context: Context) -> None:
     elif step.name == "seed":
         result = TrainResult.load(context.run_dir("seed") / "result.json")
         record = _record("seed", result, [], "-")
-        context.forest().set_seed(record, Path(result.model_dir))
+        context.forest().set_seed(record, context.run_dir("seed") / "model")
     elif step.kind is StepKind.joining:
         _join(step.name.removeprefix("join/"), context)
 
@@ -72,7 +72,7 @@ def _join(domain: str, context: Context) -> None:
     parents = _parents(domain, context)
     record = _record(domain, result, parents, context.domain_info(domain).fingerprint)
     record = record.model_copy(update={"ancestors": forest.ancestors(parents)})
-    forest.join(record, Path(result.model_dir), order=context.domains)
+    forest.join(record, context.run_dir(f"elm/{domain}") / "model", order=context.domains)
 
 
 def _record(domain: str, result: TrainResult, parents: list[Parent], fingerprint: str) -> ElmRecord:

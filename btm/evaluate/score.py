@@ -98,9 +98,11 @@ def _load(spec: ScoreSpec) -> "PreTrainedModel":
     import torch
 
     from btm.model.causal_lm import load_model
+    from btm.model.patches import prepare_for_training
 
     model = load_model(spec.model_dir, torch.bfloat16 if spec.dtype == "bf16" else torch.float32)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # pyright: ignore[reportArgumentType]
+    prepare_for_training(model, "cuda" if torch.cuda.is_available() else "cpu")  # the fast paths serve scoring, too
+    return model.eval()
 
 
 def _score_split(model: "PreTrainedModel", spec: ScoreSpec, source: ScoreSource) -> None:
