@@ -7,6 +7,7 @@ the old directory, none, or the whole new one.
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import shutil
 import sys
@@ -52,6 +53,8 @@ def merge_models(
     Raises:
         MergeError: If the models cannot be averaged.
     """
+    if wrong := {name: weight for name, weight in (weights or {}).items() if not math.isfinite(weight)}:
+        raise MergeError(f"weights must be finite numbers of at least 0, got {wrong}")
     first = str(models[min(models)]) if models else ""
     return run_spec(
         MergeSpec(
