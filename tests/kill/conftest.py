@@ -17,7 +17,7 @@ RECIPE = (
     "data.max_documents=100",
     "data.num_workers=1",
     "model.num_layers=1",
-    "train.tokens=57600",
+    "train.tokens=172800",
     "train.batch_tokens=192",
     "train.sequence_length=32",
     "train.checkpoint_every=10",
@@ -27,7 +27,7 @@ RECIPE = (
     "evaluate.max_tokens=1024",
     "launch.max_restarts=100",
 )
-"""150 updates of the seed model, 150 of each ELM and of the dense one; a checkpoint every 10."""
+"""450 updates of the seed model, 450 of each ELM and of the dense one; a checkpoint every 10."""
 
 
 @pytest.fixture(scope="session")
