@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from btm.budget import Updates
-from btm.config import BranchOptimizer, BranchSource, Config, MergeMethodName
+from btm.config import BranchOptimizer, Config, MergeMethodName
 from btm.forest import Forest, weights_sha256
 from btm.plan import Step, StepKind, random_split_names
 from btm.records import (
@@ -107,7 +107,7 @@ def _source(domain: str, split: str, context: Context, *, weight: float = 1.0, p
 
 def _train_spec(step: Step, context: Context) -> TrainSpec:
     config, updates = context.config, context.updates
-    start = _start(step.name, context)
+    start = _start(step, context)
     whole = step.name in ("seed", "dense")
     first, last, total = updates.seed, updates.total, updates.total
     if step.name == "seed":
@@ -133,13 +133,13 @@ def _train_spec(step: Step, context: Context) -> TrainSpec:
     )
 
 
-def _start(name: str, context: Context) -> Start:
+def _start(step: Step, context: Context) -> Start:
     """Where the weights come from; an optimizer that starts anew gets a schedule of its own."""
-    config = context.config
+    config, name = context.config, step.name
     if name == "seed":
         return Start(kind="weights" if config.model.path else "scratch", path=config.model.path)
     domain = name.removeprefix("elm/") if name.startswith("elm/") else None
-    if domain and config.branch.source is not BranchSource.seed:
+    if f"branch/{domain}" in step.needs:
         model = context.run_dir(f"branch/{domain}") / "model"
         return Start(kind="weights", path=str(model), sha256=MergeResult.load(Path(f"{model}.json")).spec_sha256)
     seed = TrainResult.load(context.run_dir("seed") / "result.json").spec_sha256

@@ -90,10 +90,11 @@ def _record(domain: str, result: TrainResult, parents: list[Parent], fingerprint
 
 
 def _parents(domain: str, context: Context) -> list[Parent]:
-    branch = context.run_dir(f"branch/{domain}") / "model.json"
-    if not branch.is_file():
+    branched = context.run_dir(f"branch/{domain}") / "model"
+    start = TrainSpec.load(context.run_dir(f"elm/{domain}") / "spec.json").start
+    if start.path is None or Path(start.path).parts[-4:] != branched.parts[-4:]:
         return [Parent(name="seed", weight=1.0)]
-    weights = MergeResult.load(branch).weights
+    weights = MergeResult.load(Path(f"{branched}.json")).weights
     return [Parent(name=name, weight=weight) for name, weight in weights.items() if weight > 0]
 
 

@@ -128,8 +128,6 @@ def run_together(specs: Sequence[TrainSpec]) -> list[float]:
 def run_forest(folder: Path, config: Config, count: int) -> tuple[float, list[float]]:
     """``btm run`` until its manifest holds every ELM; returns seconds, and those of each ELM's updates."""
     forest = Path(config.forest)
-    stored = folder / "config.yaml"
-    stored.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
     command = [str(Path(sys.executable).with_name("btm")), "run", *_overrides(config)]
     began = time.time()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
