@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from btm.config import Config, EnsembleConfig
+    from btm.config import Config
+    from btm.config_ensemble import EnsembleConfig
     from btm.errors import BtmError
     from btm.forest import Forest
     from btm.forest_models import load_forest_ensemble, merge_forest
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BtmError": "btm.errors",
     "Config": "btm.config",
-    "EnsembleConfig": "btm.config",
+    "EnsembleConfig": "btm.config_ensemble",
     "Forest": "btm.forest",
     "__version__": "btm.version",
     "load_forest_ensemble": "btm.forest_models",

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btm.config import ModelConfig, TrainConfig
+from btm.config_model import ModelConfig
+from btm.config_train import TrainConfig
 from btm.files import read_json
 
 
@@ -54,7 +55,7 @@ class Updates:
 
 
 def resolved_sizes(config: ModelConfig) -> dict[str, int]:
-    """Fill in the sizes that ``config`` leaves to the rules in :class:`btm.config.ModelConfig`."""
+    """Fill in the sizes that ``config`` leaves to the rules in :class:`btm.config_model.ModelConfig`."""
     width = config.hidden_size or 64 * config.num_layers
     heads = config.num_heads or max(1, width // 64)
     feed_forward = config.intermediate_size or -(-width * 8 // 3 // 32) * 32

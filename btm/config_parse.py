@@ -10,7 +10,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from btm.config import BranchOptimizer, BranchSource, Config, MergeMethodName
+from btm.config import Config
+from btm.config_merge import MergeMethodName
+from btm.config_train import BranchOptimizer, BranchSource
 from btm.errors import ConfigError
 from btm.files import name_problem
 

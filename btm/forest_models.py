@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btm.config import EnsembleConfig, MergeMethodName, Prior
+from btm.config_ensemble import EnsembleConfig, Prior
+from btm.config_merge import MergeMethodName
 from btm.errors import EnsembleError, MergeError
 from btm.files import read_json
 from btm.forest import Forest

@@ -16,8 +16,9 @@ from types import FrameType
 from btm.display import RunDisplay, TaskView
 from btm.errors import RunError
 from btm.plan import Step, StepKind
-from btm.records import SpecModel
-from btm.step_specs import Context, build_spec
+from btm.requests import SpecModel
+from btm.step_context import Context
+from btm.step_specs import build_spec
 from btm.steps import MODULES, is_finished, register
 from btm.tracking import Tracker
 from launch.logs import end_of_log

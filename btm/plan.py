@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from btm.budget import ModelSize, Updates, divide_updates
-from btm.config import BranchSource, Config, MergeMethodName
+from btm.config import Config
+from btm.config_merge import MergeMethodName
+from btm.config_train import BranchSource
 
 
 class StepKind(StrEnum):

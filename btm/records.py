@@ -1,27 +1,16 @@
-"""Records that pass between processes as JSON: what a worker is asked to do, what it did, what a forest holds.
+"""What a forest holds, as JSON files: prepared domains, results of workers, the manifest, the evaluation.
 
-Workers receive a spec file and leave a result file; both carry ``spec_sha256``, so that a finished step is recognised
-and a changed one is never mistaken for it.
+Each result carries ``spec_sha256``, the hash of the request (``btm/requests.py``) that it answers.
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from btm.config import (
-    DataConfig,
-    EngineConfig,
-    EnsembleConfig,
-    EvaluateConfig,
-    MergeMethodName,
-    Model,
-    ModelConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
 from btm.errors import ForestError
 from btm.files import read_json, sha256_of_json, write_json
+from btm.schema import Model
 
 
 class StoredModel(Model):
@@ -49,28 +38,6 @@ class StoredModel(Model):
     def sha256(self) -> str:
         """Hash of the content, independent of key order."""
         return sha256_of_json(self.model_dump(mode="json", by_alias=True))
-
-
-class SpecModel(StoredModel):
-    """A request for a worker; its hash does not depend on where the forest lies, so that a forest can be moved."""
-
-    root: str = ""
-    """Directory of the forest."""
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the content with paths relative to ``root``."""
-        return sha256_of_json(_relative(self.model_dump(mode="json", by_alias=True, exclude={"root"}), self.root))
-
-
-def _relative(value: Any, root: str) -> Any:
-    if isinstance(value, str) and root and value.startswith(root):
-        return "<forest>" + value.removeprefix(root)
-    if isinstance(value, dict):
-        return {key: _relative(item, root) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_relative(item, root) for item in value]
-    return value
 
 
 class Ledger(Model):
@@ -109,56 +76,6 @@ class DomainInfo(StoredModel):
     """Kind of fault -> documents skipped."""
 
 
-class Part(Model):
-    """One of ``count`` random parts of the documents (the random-split baseline)."""
-
-    index: int = Field(ge=0)
-    count: int = Field(ge=1)
-
-
-class TokenSource(Model):
-    """Token shards to train or evaluate on."""
-
-    domain: str
-    prefix: str
-    """Path of the shard without ``.bin`` / ``.idx``."""
-    weight: float = Field(default=1.0, ge=0)
-    part: Part | None = None
-    fingerprint: str = ""
-    """Of the prepared domain, so that a changed corpus is noticed."""
-
-
-class Start(Model):
-    """Where the weights of a training run come from."""
-
-    kind: Literal["scratch", "weights", "checkpoint"]
-    """scratch: random from the model config; weights: a Hugging Face directory with a fresh optimizer; checkpoint: a run directory of the trainer whose newest checkpoint is continued, optimizer included."""
-    path: str | None = None
-    sha256: str = ""
-    """Of what made the parent, so that a changed parent is noticed."""
-
-
-class TrainSpec(SpecModel):
-    """One training task: updates ``first_update`` (exclusive) to ``last_update`` of a schedule of ``total_updates``."""
-
-    name: str
-    output_dir: str
-    """Receives ``metrics.jsonl``, ``checkpoints/``, ``model/`` (a Hugging Face directory) and ``result.json``."""
-    start: Start
-    sources: list[TokenSource]
-    dev: list[TokenSource] = []
-    first_update: int = Field(default=0, ge=0)
-    last_update: int = Field(ge=0)
-    total_updates: int = Field(ge=1)
-    batch_sequences: int = Field(ge=1)
-    """Sequences per update over all processes."""
-    tokenizer_dir: str
-    model: ModelConfig
-    train: TrainConfig
-    engine: EngineConfig
-    seed: int = 0
-
-
 class TrainResult(StoredModel):
     """What a training task did."""
 
@@ -176,57 +93,11 @@ class TrainResult(StoredModel):
     num_parameters: int
 
 
-class ScoreSource(Model):
-    """One split of one domain to score."""
-
-    key: str
-    """``test-<domain>`` or ``dev-<domain>``; the output file is ``<key>.npz``."""
-    prefix: str
-    """Path of the shard without ``.bin`` / ``.idx``."""
-    fingerprint: str
-    """Of the domain, so that stale scores are recognised."""
-    max_tokens: int | None = None
-    """Stop after the document that passes this many tokens; null scores all."""
-    max_documents: int | None = None
-
-
-class ScoreSpec(SpecModel):
-    """Ask for the log-probability of every token of some splits under one model.
-
-    Each ``<key>.npz`` holds ``logp`` (float32, nats, all scored documents one after the other), ``document_starts``
-    (int64, documents + 1) and ``document_bytes`` (int64).
-    """
-
-    name: str
-    model_dir: str
-    model_sha256: str
-    """Of the weights, so that stale scores are recognised."""
-    sources: list[ScoreSource]
-    output_dir: str
-    sequence_length: int
-    batch_sequences: int
-    dtype: Literal["bf16", "fp32"] = "bf16"
-
-
 class StepResult(StoredModel):
     """``result.json`` of a step that leaves nothing else to record."""
 
     spec_sha256: str
     seconds: float = 0.0
-
-
-class PrepareSpec(SpecModel):
-    """Turn text into token shards: ``<output_dir>/<domain>/{train,dev,test}.{bin,idx}``."""
-
-    output_dir: str
-    """The forest's ``corpus`` directory."""
-    tokenizer_dir: str
-    """The forest's tokenizer: used when it exists, written when it does not."""
-    pretrained_dir: str | None = None
-    """Tokenizer directory to copy when the forest has none; null trains one."""
-    data: DataConfig
-    tokenizer: TokenizerConfig
-    seed: int = 0
 
 
 class PrepareResult(StoredModel):
@@ -239,41 +110,6 @@ class PrepareResult(StoredModel):
     warnings: list[str] = []
 
 
-class MergeInput(Model):
-    """One model that goes into an average."""
-
-    name: str
-    directory: str
-    files: dict[str, str] = {}
-    """File name -> SHA-256, when known (an ELM's record)."""
-    checksums: dict[str, str] = {}
-    """File name -> XXH3-128; compared instead of SHA-256 where given, which takes a tenth of the time."""
-    score_dir: str | None = None
-    """Scores on ``dev-<domain>``; needed by ``posterior``."""
-
-
-class MergeSpec(SpecModel):
-    """Average some models of one architecture into a Hugging Face directory."""
-
-    name: str
-    method: MergeMethodName
-    models: list[MergeInput]
-    """In manifest order; sums are accumulated in this order."""
-    weights: dict[str, float] = {}
-    """Name -> weight, for ``weighted``."""
-    domain: str | None = None
-    """Target domain of ``posterior`` and ``greedy_soup``."""
-    dev: ScoreSource | None = None
-    """Dev split that judges ``greedy_soup``."""
-    sequence_length: int = Field(default=512, ge=8)
-    """Context window in which ``greedy_soup`` judges."""
-    batch_sequences: int = Field(default=16, ge=1)
-    tokenizer_dir: str
-    output_dir: str
-    """The model directory; ``result.json`` is written beside it as ``<output_dir>.json``."""
-    memory_bytes: int = 64 << 20
-
-
 class MergeResult(StoredModel):
     """What went into an average."""
 
@@ -281,33 +117,6 @@ class MergeResult(StoredModel):
     weights: dict[str, float]
     files: dict[str, str]
     seconds: float
-
-
-class EvaluateSpec(SpecModel):
-    """Turn scores into perplexities, ensembles, intervals and posteriors."""
-
-    domains: list[str]
-    novel_domains: list[str]
-    models: dict[str, str]
-    """Row name -> score directory with ``test-<domain>.npz`` (``seed``, ``dense``, ``elm/<domain>``, ``average/uniform``)."""
-    per_domain_models: dict[str, dict[str, str]] = {}
-    """Row name -> domain -> score directory, for rows whose model differs by domain (``average/posterior``)."""
-    elms: dict[str, str]
-    """ELM -> score directory with ``test-`` and ``dev-`` files, in manifest order: the ensemble's members."""
-    random_split: list[str] = []
-    """Score directories of the random-split forest."""
-    score_results: dict[str, str] = {}
-    """Score directory -> hash of the request that its scores answer, so that new scores are noticed."""
-    ledgers: dict[str, Ledger] = {}
-    test_prefixes: dict[str, str] = {}
-    """Domain -> test shard, for the posterior traces."""
-    tokenizer_dir: str
-    ensemble: EnsembleConfig
-    evaluate: EvaluateConfig
-    sequence_length: int
-    seed: int = 0
-    output: str
-    """``evaluation.json``."""
 
 
 class Parent(Model):

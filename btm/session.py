@@ -9,14 +9,15 @@ from typing import Any
 from rich.console import Console
 
 from btm.budget import divide_updates, model_size
-from btm.config import Config, ExecutorName
+from btm.config import Config
+from btm.config_launch import ExecutorName
 from btm.config_parse import config_to_dict
 from btm.errors import ConfigError, ForestError
 from btm.files import read_json, write_json
 from btm.forest import Forest
 from btm.orchestrator import Orchestrator, Outcome
 from btm.plan import Machine, PlanInput, Step
-from btm.step_specs import Context
+from btm.step_context import Context
 from btm.tracking import make_tracker
 from launch.resources import available_cores, available_gpus
 from launch.task import Executor

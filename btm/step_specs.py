@@ -1,19 +1,16 @@
 """Requests for the workers: one builder per kind of step, from the configuration and the forest as it is now."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from btm.budget import Updates
-from btm.config import BranchOptimizer, Config, MergeMethodName
+from btm.config_merge import MergeMethodName
+from btm.config_train import BranchOptimizer
 from btm.forest import Forest, weights_sha256
 from btm.plan import Step, StepKind, random_split_names
-from btm.records import (
-    DomainInfo,
+from btm.records import Ledger, MergeResult, StepResult, TrainResult
+from btm.requests import (
     EvaluateSpec,
-    Ledger,
     MergeInput,
-    MergeResult,
     MergeSpec,
     Part,
     PrepareSpec,
@@ -21,45 +18,10 @@ from btm.records import (
     ScoreSpec,
     SpecModel,
     Start,
-    StepResult,
     TokenSource,
-    TrainResult,
     TrainSpec,
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Context:
-    """What building a spec needs to know."""
-
-    config: Config
-    forest_dir: Path
-    updates: Updates
-    domains: list[str]
-    """Domains that the seed and dense models train on."""
-    novel: list[str] = field(default_factory=list)
-    evaluation_name: str = "evaluation.json"
-
-    @property
-    def evaluated(self) -> list[str]:
-        """Domains that are evaluated."""
-        return [*self.domains, *self.novel]
-
-    def run_dir(self, name: str) -> Path:
-        """Directory of a step."""
-        return self.forest_dir / "runs" / name
-
-    def corpus(self, domain: str, split: str) -> str:
-        """Prefix of a token shard."""
-        return str(self.forest_dir / "corpus" / domain / split)
-
-    def forest(self) -> Forest:
-        """The forest as it is now."""
-        return Forest.open(self.forest_dir)
-
-    def domain_info(self, domain: str) -> DomainInfo:
-        """Record of a prepared domain."""
-        return DomainInfo.load(self.forest_dir / "corpus" / domain / "corpus.json")
+from btm.step_context import Context
 
 
 def build_spec(step: Step, context: Context) -> SpecModel | None:

@@ -7,20 +7,9 @@ from btm.errors import ForestError
 from btm.files import read_json
 from btm.forest import Forest
 from btm.plan import Step, StepKind
-from btm.records import (
-    ElmRecord,
-    EvaluateSpec,
-    MergeResult,
-    MergeSpec,
-    Parent,
-    PrepareResult,
-    PrepareSpec,
-    ScoreSpec,
-    SpecModel,
-    TrainResult,
-    TrainSpec,
-)
-from btm.step_specs import Context
+from btm.records import ElmRecord, MergeResult, Parent, PrepareResult, TrainResult
+from btm.requests import EvaluateSpec, MergeSpec, PrepareSpec, ScoreSpec, SpecModel, TrainSpec
+from btm.step_context import Context
 
 MODULES = {
     StepKind.prepare: "btm.corpus.worker",

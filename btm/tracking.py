@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from btm.config import TrackerName, TrackingConfig
+from btm.config_launch import TrackerName, TrackingConfig
 from btm.errors import ConfigError, ForestError
 from btm.files import read_json, write_json
 from btm.metrics import MetricsTail, Row, is_dev_row, update_of

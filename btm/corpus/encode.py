@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btm.config import DataConfig
+from btm.config_data import DataConfig
 from btm.corpus.dedup import Fate
 from btm.corpus.faults import Faults
 from btm.corpus.progress import ProgressLine

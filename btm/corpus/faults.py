@@ -4,7 +4,7 @@ from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 
-from btm.config import OnError
+from btm.config_data import OnError
 from btm.errors import DataError
 
 _EXAMPLES = 3

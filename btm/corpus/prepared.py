@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from btm.config import DataConfig
+from btm.config_data import DataConfig
 from btm.corpus.dedup import DocumentSet
 from btm.corpus.encode import SPLITS
 from btm.corpus.shards import shard_paths

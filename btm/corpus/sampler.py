@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from btm.config import Packing
+from btm.config_train import Packing
 from btm.corpus.mixture import MixtureSchedule
 from btm.corpus.packing import BlockReader, DocumentReader
 from btm.corpus.randomness import hash_positions, hash_text
 from btm.corpus.shards import TokenShard
 from btm.errors import DataError
-from btm.records import Part, TokenSource
+from btm.requests import Part, TokenSource
 
 IGNORED = -100
 """Target that counts for nothing, as in transformers."""

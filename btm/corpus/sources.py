@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from btm.config import DataConfig
+from btm.config_data import DataConfig
 from btm.corpus.faults import Faults
 from btm.corpus.files_of_domain import find_files
 from btm.corpus.readers import Document, read_documents

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from btm.config import DataConfig
+from btm.config_data import DataConfig
 from btm.corpus.dedup import DocumentSet
 from btm.corpus.faults import Faults
 from btm.corpus.progress import ProgressLine

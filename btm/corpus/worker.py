@@ -1,4 +1,4 @@
-"""Text to token shards: ``python -m btm.corpus.worker spec.json`` runs a :class:`btm.records.PrepareSpec`.
+"""Text to token shards: ``python -m btm.corpus.worker spec.json`` runs a :class:`btm.requests.PrepareSpec`.
 
 Each domain is read twice: a survey (hashes, near-duplicate signatures), then the encoding of the documents that stay.
 Memory holds a few batches of text, whatever the size of the corpus. Finished domains are used again; a killed
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btm.config import OnError
+from btm.config_data import OnError
 from btm.corpus.dedup import DocumentSet, Fate, decide_fates
 from btm.corpus.encode import encode_domain, surveyed_texts
 from btm.corpus.prepared import (
@@ -34,7 +34,8 @@ from btm.corpus.survey import Survey, keep_documents, take_survey
 from btm.corpus.tokenizer import TextEncoder, copy_tokenizer, tokenizer_sha256, train_tokenizer
 from btm.errors import BtmError, DataError
 from btm.files import directory_in_one_step, exclusive_lock, remove_leftovers
-from btm.records import DomainInfo, PrepareResult, PrepareSpec
+from btm.records import DomainInfo, PrepareResult
+from btm.requests import PrepareSpec
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _SHARED_LIMIT = 0.01
@@ -53,7 +54,7 @@ class _Pending:
 
 
 class Preparation:
-    """One run of a :class:`btm.records.PrepareSpec`; use :func:`prepare`."""
+    """One run of a :class:`btm.requests.PrepareSpec`; use :func:`prepare`."""
 
     def __init__(self, spec: PrepareSpec, progress: ProgressLine) -> None:
         self.spec = spec

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from btm.config import EnsembleConfig, PosteriorMode
+from btm.config_ensemble import EnsembleConfig, PosteriorMode
 from btm.corpus.tokenizer import load_tokenizer
 from btm.ensemble.cache import EnsembleCache
 from btm.ensemble.members import EnsembleMembers, choose_by_prior

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btm.config import EnsembleConfig
+from btm.config_ensemble import EnsembleConfig
 from btm.ensemble.causal_lm import EnsembleForCausalLM, load_ensemble
 from btm.errors import EnsembleError
 from btm.files import write_atomic

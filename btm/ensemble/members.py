@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from btm.config import EnsembleConfig, PosteriorMode, Prior
+from btm.config_ensemble import EnsembleConfig, PosteriorMode, Prior
 from btm.corpus.windows import document_windows
 from btm.ensemble.likelihood import TokenDocuments, token_log_likelihoods
 from btm.ensemble.posterior import UpdatingPrior, keep_top_k, log_prior_of, log_weights, mixture

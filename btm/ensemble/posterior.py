@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from btm.config import PosteriorMode, PriorEstimator
+from btm.config_ensemble import PosteriorMode, PriorEstimator
 from btm.errors import EnsembleError
 
 EMA_DECAY = 0.3

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from btm.config import EnsembleConfig, PosteriorMode
+from btm.config_ensemble import EnsembleConfig, PosteriorMode
 from btm.ensemble.posterior import UpdatingPrior, estimate_prior, keep_top_k, log_uniform_prior, log_weights, mixture
 from btm.errors import EnsembleError
 from btm.evaluate.score import Scores

@@ -9,7 +9,8 @@ from btm.errors import BtmError
 from btm.evaluate.plots_curves import Curve
 from btm.files import read_json
 from btm.metrics import MetricsTail, Row, is_dev_row, latest_rows, number
-from btm.records import Evaluation, ForestManifest, TrainResult, TrainSpec
+from btm.records import Evaluation, ForestManifest, TrainResult
+from btm.requests import TrainSpec
 
 _Read = TypeVar("_Read")
 _KIND_ORDER = ("seed", "dense", "elm", "random")

@@ -1,4 +1,4 @@
-"""Score splits under one model: ``python -m btm.evaluate.score spec.json`` runs a :class:`btm.records.ScoreSpec`.
+"""Score splits under one model: ``python -m btm.evaluate.score spec.json`` runs a :class:`btm.requests.ScoreSpec`.
 
 Each split becomes ``<key>.npz`` with the log-probability of every token. A file that already answers the same request
 (same weights, documents, windows and arithmetic) is kept, so a new domain costs only the splits of that domain.
@@ -17,7 +17,8 @@ import numpy as np
 from btm.errors import DataError, ForestError
 from btm.files import sha256_of_json, write_atomic
 from btm.model.allocator import tune_allocator
-from btm.records import ScoreSource, ScoreSpec, StepResult
+from btm.records import StepResult
+from btm.requests import ScoreSource, ScoreSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

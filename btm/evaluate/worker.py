@@ -17,14 +17,8 @@ from btm.evaluate.mixtures import ElmScores, cached_prior, check_same_documents,
 from btm.evaluate.score import Scores, load_scores
 from btm.evaluate.statistics import domain_score
 from btm.model.allocator import tune_allocator
-from btm.records import (
-    DomainScore,
-    EvaluateSpec,
-    Evaluation,
-    ModelScores,
-    PosteriorTrace,
-    StepResult,
-)
+from btm.records import DomainScore, Evaluation, ModelScores, PosteriorTrace, StepResult
+from btm.requests import EvaluateSpec
 
 TRACE_TOKENS = 256
 """Tokens of a document whose posterior is shown."""

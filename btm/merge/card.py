@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from btm.merge.methods import MergeMethod
-from btm.records import MergeInput, MergeSpec
+from btm.requests import MergeInput, MergeSpec
 from btm.version import __version__
 
 CARD_NAME = "README.md"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from btm.errors import MergeError
 from btm.merge.model_files import CONFIG_NAME, read_json_object
-from btm.records import MergeSpec, ScoreSource
+from btm.requests import MergeSpec, ScoreSource
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions")
 

@@ -6,7 +6,7 @@ To add one: a file with the function, its name in ``MergeMethodName``, one line 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from btm.config import MergeMethodName
+from btm.config_merge import MergeMethodName
 from btm.merge.greedy_soup import greedy_soup_weights
 from btm.merge.nearest import nearest_weights
 from btm.merge.posterior import posterior_weights

@@ -8,7 +8,7 @@ from typing import Any
 
 from btm.errors import MergeError
 from btm.merge.model_files import ModelFiles
-from btm.records import MergeInput
+from btm.requests import MergeInput
 
 _READ_BYTES = 256 << 10
 

@@ -1,4 +1,4 @@
-"""Run a merge: ``python -m btm.merge.worker spec.json`` runs a :class:`btm.records.MergeSpec`.
+"""Run a merge: ``python -m btm.merge.worker spec.json`` runs a :class:`btm.requests.MergeSpec`.
 
 The directory appears in one step when it is complete, then ``<output_dir>.json``; killed at any moment, a merge leaves
 the old directory, none, or the whole new one.
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from btm.config import MergeMethodName
+from btm.config_merge import MergeMethodName
 from btm.errors import BtmError, MergeError
 from btm.files import directory_in_one_step, name_problem
 from btm.merge.average import default_threads
@@ -28,7 +28,8 @@ from btm.merge.model_files import ModelFiles, open_model
 from btm.merge.output import StreamOptions, write_companions, write_weights
 from btm.merge.request import MergeRequest, normalised
 from btm.merge.verify import check_recorded
-from btm.records import MergeInput, MergeResult, MergeSpec
+from btm.records import MergeResult
+from btm.requests import MergeInput, MergeSpec
 
 Judge = Callable[[Path], float]
 

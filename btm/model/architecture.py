@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig as TransformersConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from btm.budget import resolved_sizes
-from btm.config import ModelConfig
+from btm.config_model import ModelConfig
 from btm.errors import ConfigError
 
 _OTHER_NAMES = {

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedConfig as TransformersConfig
 from transformers.utils import logging as transformers_logging
 
-from btm.config import ModelConfig
+from btm.config_model import ModelConfig
 from btm.errors import CheckpointError
 from btm.files import directory_in_one_step, write_json
 from btm.model.architecture import transformers_config

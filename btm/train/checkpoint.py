@@ -18,9 +18,9 @@ import torch
 import xxhash
 from pydantic import ValidationError
 
-from btm.config import Model
 from btm.errors import TrainingError
 from btm.files import directory_in_one_step, fsync_directory, remove_leftovers
+from btm.schema import Model
 from btm.train.tensor_file import TensorFileDigest, damage_of, read_tensors, write_tensors
 
 _PREFIX = "step-"

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from btm.config import Model
-from btm.records import StoredModel, TrainSpec
+from btm.records import StoredModel
+from btm.requests import TrainSpec
+from btm.schema import Model
 from btm.train.spikes import SpikeState
 
 _FREE_KEYS = (

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from btm.config import Schedule, TrainConfig
+from btm.config_train import Schedule, TrainConfig
 
 
 def _cosine(done: float, train: TrainConfig) -> float:

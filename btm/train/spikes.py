@@ -2,8 +2,8 @@
 
 import math
 
-from btm.config import Model
 from btm.errors import TrainingError
+from btm.schema import Model
 
 _WINDOW = 100
 _LEAST_HISTORY = 10

@@ -13,7 +13,7 @@ from btm.corpus.windows import Windows, document_windows
 from btm.errors import CheckpointError
 from btm.files import read_json
 from btm.model.causal_lm import build_model, load_model
-from btm.records import TrainSpec
+from btm.requests import TrainSpec
 from btm.train.checkpoint import Checkpoint, CheckpointStore, verified
 from btm.train.engine import Engine
 from btm.train.metrics import MetricsFile

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, cast
 import torch
 import xxhash
 
-from btm.config import Model
 from btm.errors import CheckpointError
+from btm.schema import Model
 
 _ALIGNMENT = 64
 _CHUNK_BYTES = 8 << 20

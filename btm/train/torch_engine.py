@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from btm.config import Dtype, EngineConfig, TrainConfig
+from btm.config_model import Dtype, EngineConfig
+from btm.config_train import TrainConfig
 from btm.corpus.sampler import Batch, BatchSampler
 from btm.corpus.windows import Windows
 from btm.model.causal_lm import flops_per_token, num_parameters, save_model

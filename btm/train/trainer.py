@@ -8,7 +8,7 @@ from typing import Any
 
 from btm.corpus.sampler import Batch, BatchSampler
 from btm.corpus.windows import Windows
-from btm.records import TrainSpec
+from btm.requests import TrainSpec
 from btm.train.checkpoint import CheckpointStore
 from btm.train.engine import Engine
 from btm.train.metrics import MetricsFile

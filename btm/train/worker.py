@@ -1,4 +1,4 @@
-"""Train one model: ``python -m btm.train.worker spec.json`` runs a :class:`btm.records.TrainSpec`.
+"""Train one model: ``python -m btm.train.worker spec.json`` runs a :class:`btm.requests.TrainSpec`.
 
 One process, or several with ``RANK``, ``WORLD_SIZE`` and ``RENDEZVOUS_FILE`` set by the launcher. Killed at any moment
 and started again, it continues from its newest undamaged checkpoint and ends with the same bits.
@@ -22,7 +22,8 @@ import torch
 from btm.errors import BtmError, TrainingError
 from btm.files import exclusive_lock, read_json, remove_leftovers
 from btm.model.allocator import tune_allocator
-from btm.records import Ledger, TrainResult, TrainSpec
+from btm.records import Ledger, TrainResult
+from btm.requests import TrainSpec
 from btm.train.ranks import PeerLostError, Ranks, joined_ranks
 from btm.train.start import check_output, prepare_trainer
 from btm.train.trainer import Trainer

@@ -3,11 +3,13 @@
 import time
 from pathlib import Path
 
-from btm.config import Config, MergeMethodName
+from btm.config import Config
+from btm.config_merge import MergeMethodName
 from btm.errors import ConfigError
 from btm.forest import Forest
 from btm.plan import only_available, plan_evaluation
-from btm.records import MergeInput, MergeResult, MergeSpec
+from btm.records import MergeResult
+from btm.requests import MergeInput, MergeSpec
 from btm.session import console_for, execute, existing_forest, make_context, plan_input
 from btm.step_specs import dev_source
 

@@ -8,7 +8,7 @@ from btm.config import Config
 from btm.errors import ForestError
 from btm.files import read_json
 from btm.metrics import MetricsTail, is_dev_row, latest_rows
-from btm.records import TrainSpec
+from btm.requests import TrainSpec
 from btm.session import console_for
 from btm.tables import format_count, rows_table
 

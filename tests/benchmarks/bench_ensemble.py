@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from btm.config import EnsembleConfig
+from btm.config_ensemble import EnsembleConfig
 from btm.corpus.windows import document_windows
 from btm.ensemble.causal_lm import EnsembleForCausalLM
 from btm.ensemble.likelihood import TokenDocuments, token_log_likelihoods

@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from btm.merge.tensor_file import format_header
-from btm.records import MergeInput, MergeSpec
+from btm.requests import MergeInput, MergeSpec
 
 VOCABULARY = 32_000
 OURS = {

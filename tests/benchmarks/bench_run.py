@@ -27,9 +27,11 @@ from rich.console import Console
 from btm.config import Config
 from btm.config_parse import config_to_dict, parse_config
 from btm.plan import plan_run
-from btm.records import TrainResult, TrainSpec
+from btm.records import TrainResult
+from btm.requests import TrainSpec
 from btm.session import execute, make_context, plan_input, store_config
-from btm.step_specs import Context, build_spec
+from btm.step_context import Context
+from btm.step_specs import build_spec
 
 GROUPS = 2
 UPDATE_TOKENS = 2048

@@ -25,8 +25,10 @@ from pathlib import Path
 import numpy as np
 from real_text import write_domains
 
-from btm.config import DataConfig, EngineConfig, ModelConfig, TokenizerConfig, TrainConfig
-from btm.records import PrepareSpec, Start, TokenSource, TrainSpec
+from btm.config_data import DataConfig, TokenizerConfig
+from btm.config_model import EngineConfig, ModelConfig
+from btm.config_train import TrainConfig
+from btm.requests import PrepareSpec, Start, TokenSource, TrainSpec
 
 VOCABULARY = 32_000
 LENGTH = 512

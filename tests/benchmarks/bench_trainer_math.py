@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from btm.config import ModelConfig
+from btm.config_model import ModelConfig
 from btm.model import native
 from btm.model.allocator import tune_allocator
 from btm.model.causal_lm import build_model, flops_per_token, num_parameters

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from btm.config import BranchOptimizer, BranchSource, Config
+from btm.config import Config
 from btm.config_parse import config_to_dict, key_problem, parse_config
+from btm.config_train import BranchOptimizer, BranchSource
 from btm.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from btm.config import TrackerName, TrackingConfig
+from btm.config_launch import TrackerName, TrackingConfig
 from btm.errors import ConfigError
 from btm.redaction import redact
 from btm.tracking import MetricsMirror, RunIdentity, make_tracker
@@ -177,7 +177,7 @@ def test_a_service_that_fails_is_reported_once_and_left_alone(tmp_path: Path) ->
 def test_tracker_none_imports_no_wandb_and_writes_nothing(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path\n"
-        "from btm.config import TrackingConfig; from btm.tracking import make_tracker\n"
+        "from btm.config_launch import TrackingConfig; from btm.tracking import make_tracker\n"
         "tracker = make_tracker(TrackingConfig(), forest_name='f', forest_dir=Path(sys.argv[1]))\n"
         "tracker.follow('seed', Path('x'), {}); tracker.poll(); tracker.summary('seed', {}); tracker.close()\n"
         "assert not {'wandb', 'torch', 'ray', 'transformers'} & set(sys.modules)\n"

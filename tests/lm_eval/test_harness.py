@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from btm.config import EnsembleConfig
+from btm.config_ensemble import EnsembleConfig
 from btm.corpus.shards import ShardWriter
 from btm.corpus.tokenizer import TextEncoder, train_tokenizer
 from btm.ensemble.causal_lm import EnsembleForCausalLM, load_ensemble

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from btm.config import OnError
+from btm.config_data import OnError
 from btm.corpus import readers
 from btm.corpus.faults import Faults
 from btm.corpus.files_of_domain import find_files

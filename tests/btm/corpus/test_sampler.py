@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btm.config import Packing
+from btm.config_train import Packing
 from btm.corpus.mixture import MixtureSchedule, cycle_counts
 from btm.corpus.sampler import BatchSampler, open_source, part_documents
 from btm.corpus.shards import ShardWriter
 from btm.errors import DataError
-from btm.records import Part, TokenSource
+from btm.requests import Part, TokenSource
 
 EOS = 0
 

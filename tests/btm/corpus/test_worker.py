@@ -23,7 +23,8 @@ from btm.corpus.shards import TokenShard
 from btm.corpus.tokenizer import load_tokenizer, tokenizer_sha256
 from btm.corpus.worker import main, prepare
 from btm.errors import DataError, ForestError
-from btm.records import DomainInfo, PrepareResult, PrepareSpec
+from btm.records import DomainInfo, PrepareResult
+from btm.requests import PrepareSpec
 
 WORDS = {name: [f"{name}{number}" for number in range(400)] for name in ("law", "med", "bio", "new")}
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from btm.config import EnsembleConfig, PosteriorMode
+from btm.config_ensemble import EnsembleConfig, PosteriorMode
 from btm.ensemble import causal_lm
 from btm.ensemble.causal_lm import EnsembleForCausalLM
 from btm.ensemble.posterior import log_uniform_prior, log_weights, mixture

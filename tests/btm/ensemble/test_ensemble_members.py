@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from btm.config import EnsembleConfig
+from btm.config_ensemble import EnsembleConfig
 from btm.corpus.tokenizer import TextEncoder, train_tokenizer
 from btm.ensemble.causal_lm import EnsembleForCausalLM, load_ensemble
 from btm.ensemble.posterior import UpdatingPrior, log_uniform_prior, log_weights, mixture

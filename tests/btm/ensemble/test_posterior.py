@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from btm.config import PosteriorMode, PriorEstimator
+from btm.config_ensemble import PosteriorMode, PriorEstimator
 from btm.ensemble.posterior import (
     UpdatingPrior,
     estimate_prior,

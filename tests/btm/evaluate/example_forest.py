@@ -5,8 +5,10 @@ import math
 import random
 from pathlib import Path
 
-from btm.config import Config, EngineConfig, ModelConfig, TrainConfig
+from btm.config import Config
+from btm.config_model import EngineConfig, ModelConfig
 from btm.config_parse import config_to_dict
+from btm.config_train import TrainConfig
 from btm.records import (
     DomainScore,
     ElmRecord,
@@ -16,11 +18,9 @@ from btm.records import (
     ModelScores,
     Parent,
     PosteriorTrace,
-    Start,
-    TokenSource,
     TrainResult,
-    TrainSpec,
 )
+from btm.requests import Start, TokenSource, TrainSpec
 
 EIGHT = [
     "biology-records",

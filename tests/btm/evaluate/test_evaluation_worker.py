@@ -17,7 +17,8 @@ from btm.ensemble.posterior import estimate_prior
 from btm.errors import EnsembleError, ForestError
 from btm.evaluate.score import Scores, load_scores, save_scores
 from btm.evaluate.worker import evaluate
-from btm.records import EvaluateSpec, Evaluation, Ledger, StepResult
+from btm.records import Evaluation, Ledger, StepResult
+from btm.requests import EvaluateSpec
 
 DOMAINS = ("code", "law")
 NOVEL = "news"

@@ -12,7 +12,8 @@ from btm.errors import DataError, ForestError
 from btm.evaluate import score as score_module
 from btm.evaluate.score import Scores, load_scores, main, save_scores, score
 from btm.model.causal_lm import load_model, save_model
-from btm.records import ScoreSource, ScoreSpec, StepResult
+from btm.records import StepResult
+from btm.requests import ScoreSource, ScoreSpec
 
 EOS = 0
 LENGTHS = (5, 40, 16, 1, 33, 7)

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import merge, spec_for, write_model, write_tokenizer
 
-from btm.config import MergeMethodName
+from btm.config_merge import MergeMethodName
 from btm.errors import MergeError
 from btm.merge.worker import merge_models, run_spec
-from btm.records import MergeInput
+from btm.requests import MergeInput
 
 
 def two_models(tmp_path, first=None, second=None, **config):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from btm.config import MergeMethodName
+from btm.config_merge import MergeMethodName
 from btm.ensemble.posterior import estimate_prior
 from btm.errors import MergeError
 from btm.merge.greedy_soup import greedy_soup_weights

@@ -22,7 +22,8 @@ from transformers import (
 from btm.errors import MergeError
 from btm.files import sha256_of_file
 from btm.merge.worker import merge_models, run_spec
-from btm.records import MergeInput, MergeResult, ScoreSource
+from btm.records import MergeResult
+from btm.requests import MergeInput, ScoreSource
 
 SIZES = {
     "vocab_size": 64,

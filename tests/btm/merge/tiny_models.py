@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from btm.config import MergeMethodName
+from btm.config_merge import MergeMethodName
 from btm.merge.worker import run_spec
-from btm.records import MergeInput, MergeResult, MergeSpec
+from btm.records import MergeResult
+from btm.requests import MergeInput, MergeSpec
 
 CONFIG = {"model_type": "llama", "vocab_size": 64, "hidden_size": 8, "tie_word_embeddings": False}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from btm.config import ModelConfig
+from btm.config_model import ModelConfig
 from btm.model import native
 from btm.model.causal_lm import build_model
 

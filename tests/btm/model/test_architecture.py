@@ -1,6 +1,6 @@
 import pytest
 
-from btm.config import ModelConfig
+from btm.config_model import ModelConfig
 from btm.errors import ConfigError
 from btm.model.architecture import transformers_config
 

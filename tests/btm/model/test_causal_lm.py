@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from btm.budget import model_size
-from btm.config import ModelConfig
+from btm.config_model import ModelConfig
 from btm.errors import CheckpointError
 from btm.model.causal_lm import build_model, flops_per_token, load_model, num_parameters, save_model
 

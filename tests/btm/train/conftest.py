@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from btm.config import EngineConfig, ModelConfig, TrainConfig
+from btm.config_model import EngineConfig, ModelConfig
+from btm.config_train import TrainConfig
 from btm.corpus.shards import ShardWriter
 from btm.corpus.tokenizer import TextEncoder, train_tokenizer
-from btm.records import Start, TokenSource, TrainSpec
+from btm.requests import Start, TokenSource, TrainSpec
 
 SpecFactory = Callable[..., TrainSpec]
 

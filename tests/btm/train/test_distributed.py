@@ -20,7 +20,8 @@ from training_runs import (
     wait_for,
 )
 
-from btm.config import EngineConfig, ModelConfig, TrainConfig
+from btm.config_model import EngineConfig, ModelConfig
+from btm.config_train import TrainConfig
 from btm.corpus.sampler import Batch
 from btm.model.causal_lm import build_model
 from btm.train.ranks import joined_ranks

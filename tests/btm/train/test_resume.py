@@ -25,7 +25,8 @@ from training_runs import (
     wait_for,
 )
 
-from btm.records import TrainResult, TrainSpec
+from btm.records import TrainResult
+from btm.requests import TrainSpec
 
 LONG = {"last_update": 150, "total_updates": 150, "checkpoint_every": 4}
 

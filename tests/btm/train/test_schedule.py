@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from btm.config import TrainConfig
+from btm.config_train import TrainConfig
 from btm.train.schedule import learning_rate
 
 

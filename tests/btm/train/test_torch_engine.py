@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from btm.config import EngineConfig, ModelConfig, TrainConfig
+from btm.config_model import EngineConfig, ModelConfig
+from btm.config_train import TrainConfig
 from btm.corpus.sampler import Batch
 from btm.corpus.windows import Windows
 from btm.model.causal_lm import build_model, load_model

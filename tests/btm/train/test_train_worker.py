@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from training_runs import last_checkpoint, log, outcome, rows, run, run_group, step_dir
 
 from btm.model.causal_lm import load_model
-from btm.records import Start, TrainResult, TrainSpec
+from btm.records import TrainResult
+from btm.requests import Start, TrainSpec
 from btm.train.torch_engine import TorchEngine
 
 

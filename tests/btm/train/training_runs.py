@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from btm.records import TrainSpec
+from btm.requests import TrainSpec
 from btm.train import worker
 
 TIMES = ("time", "train/tokens_per_s", "train/flops_per_s", "train/peak_share")
