@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from btm.corpus.windows import Windows
 from btm.model.loss import IGNORED, token_losses
+from btm.model.patches import prepare_for_training
 
 
 class TokenDocuments:
@@ -29,16 +30,25 @@ def token_log_likelihoods(model: PreTrainedModel, windows: Windows, *, batch_seq
     """Score every target of ``windows`` under ``model``.
 
     Windows of similar length share a batch, which is cut to its longest window. The batches depend on the windows and
-    on ``batch_sequences`` alone, so that the same request gives the same bits.
+    on ``batch_sequences`` alone, so that the same request gives the same bits. The model runs on the fast paths of
+    :mod:`btm.model.patches` for the time of this call only: later generation with a KV cache is untouched.
 
     Args:
-        model: A causal LM, on any device.
+        model: A causal LM, on any one device.
         windows: Windows of documents; see :func:`btm.corpus.windows.document_windows`.
         batch_sequences: Windows per forward pass.
 
     Returns:
         Log-probabilities in nats, float32, all documents' tokens one after the other: ``(tokens,)``.
     """
+    prepared = prepare_for_training(model, model.device)
+    try:
+        return _score(model, windows, batch_sequences)
+    finally:
+        prepared.undo()
+
+
+def _score(model: PreTrainedModel, windows: Windows, batch_sequences: int) -> np.ndarray:
     logp = np.zeros(windows.targets.shape, dtype=np.float32)
     order = np.argsort(-windows.lengths, kind="stable")
     for start in range(0, len(order), batch_sequences):

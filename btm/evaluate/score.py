@@ -99,11 +99,9 @@ def _load(spec: ScoreSpec) -> "PreTrainedModel":
     import torch
 
     from btm.model.causal_lm import load_model
-    from btm.model.patches import prepare_for_training
 
     model = load_model(spec.model_dir, torch.bfloat16 if spec.dtype == "bf16" else torch.float32)
-    prepare_for_training(model, "cuda" if torch.cuda.is_available() else "cpu")  # the fast paths serve scoring, too
-    return model.eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # pyright: ignore[reportArgumentType]
 
 
 def _score_split(model: "PreTrainedModel", spec: ScoreSpec, source: ScoreSource) -> None:

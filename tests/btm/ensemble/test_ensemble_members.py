@@ -169,3 +169,70 @@ def test_what_cannot_be_scored_is_named(folder) -> None:
         ensemble.perplexity([[1, 2]])
     with pytest.raises(EnsembleError, match="at least one ELM"):
         load_ensemble([], config=EnsembleConfig.model_validate({}))
+
+
+def plain_attention(ensemble) -> list[str]:
+    """Attention of each ELM; none of its modules may be patched."""
+    for elm in ensemble.elms:
+        assert not [module for module in elm.modules() if "forward" in module.__dict__]
+    return [elm.config._attn_implementation for elm in ensemble.elms]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scoring_runs_on_the_fast_paths_and_gives_the_plain_numbers(folder, monkeypatch, dtype) -> None:
+    """Every window of every ELM is read by patched modules, and nothing of it is left afterwards."""
+    from btm.ensemble import likelihood
+
+    patched, score = [], likelihood.token_losses
+
+    def watched(model, inputs, targets):
+        patched.append(sum("forward" in module.__dict__ for module in model.modules()))
+        return score(model, inputs, targets)
+
+    monkeypatch.setattr(likelihood, "token_losses", watched)
+    ensemble = opened(folder).to(dtype)
+    before = plain_attention(ensemble)
+    fast = torch.cat(ensemble.document_log_likelihoods(documents(12)))
+    assert patched
+    assert min(patched) == 5, "attention, MLP and three norms of each ELM"
+    assert plain_attention(ensemble) == before == ["sdpa"] * 3
+    monkeypatch.setattr(likelihood, "prepare_for_training", lambda model, device: Unprepared())
+    patched.clear()
+    plain = torch.cat(ensemble.document_log_likelihoods(documents(12)))
+    assert not any(patched)
+    exact = torch.cat(opened(folder).document_log_likelihoods(documents(12)))
+    # What bf16 costs without the fast paths; these models have sharp distributions, which makes it much.
+    usual = 0.0 if dtype == torch.float32 else float((plain - exact).norm())
+    error = float((fast - exact).norm())
+    print(f"{dtype}: error {error:.3g}, without the fast paths {float((plain - exact).norm()):.3g}")
+    assert error <= 1.5 * usual + 1e-5 * float(exact.norm())
+
+
+class Unprepared:
+    """What the plain forwards leave to undo."""
+
+    def undo(self) -> None:
+        """Nothing."""
+
+
+def test_generation_after_scoring_is_generation_before_it(folder) -> None:
+    ensemble = opened(folder)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "output_logits": True, "return_dict_in_generate": True}
+    prompt = torch.tensor([documents(1)[0][:9]])
+
+    def generated():
+        return ensemble.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **options)
+
+    before = generated()
+    ensemble.document_log_likelihoods(documents())
+    after = generated()
+    assert torch.equal(before.sequences, after.sequences)
+    assert all(torch.equal(one, two) for one, two in zip(before.logits, after.logits, strict=True))
+
+
+def test_a_failure_in_scoring_leaves_the_elms_as_they_were(folder) -> None:
+    ensemble = opened(folder)
+    before = plain_attention(ensemble)
+    with pytest.raises(ValueError, match="different vocabularies"):
+        ensemble.document_log_likelihoods([[1, 2, 100_000]])
+    assert plain_attention(ensemble) == before
