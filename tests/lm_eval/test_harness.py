@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, for real, on an ensemble and on plain Hugging Face directories: `make lm-eval`."""
+"""lm-evaluation-harness, for real, on an ensemble, an ELM and a merged model: `make lm-eval` (extra ``eval``)."""
 
 import json
 import math
@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from btm.config_ensemble import EnsembleConfig
+from btm.config_parse import parse_config
 from btm.corpus.shards import ShardWriter
 from btm.corpus.tokenizer import TextEncoder, train_tokenizer
 from btm.ensemble.causal_lm import EnsembleForCausalLM, load_ensemble
@@ -19,9 +20,9 @@ from btm.ensemble.lm_eval_adapter import ensemble_lm, evaluate_with_harness, wri
 from btm.forest import Forest
 from btm.model.causal_lm import save_model
 from btm.records import ElmRecord, Ledger, Parent
+from btm.session import store_config
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("lm_eval", reason="needs the extra: pip install -e '.[eval]'")
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog and runs away from all the other dogs. " * 3,
@@ -164,15 +165,44 @@ def test_the_module_scores_a_forest_on_its_own_test_documents(forest, tmp_path) 
     assert all(result["word_perplexity,none"] > 1 for result in results.values())
 
 
-def test_the_plain_harness_scores_an_elm_as_a_hugging_face_model(forest, tmp_path) -> None:
-    task = write_perplexity_task(tmp_path, "prose", TEXTS)
-    directory = str(forest.directory("law"))
-    output = tmp_path / "ours.json"
-    module = (sys.executable, "-m", "btm.ensemble.lm_eval_adapter")
-    run(*module, "--model", directory, "--tasks", str(task), "--output", str(output))
+def plain_harness(directory: Path, task: Path, output: Path) -> float:
+    """Bits per byte that the harness itself, which knows nothing of us, gives a Hugging Face directory."""
     arguments = ("--model", "hf", "--model_args", f"pretrained={directory}", "--device", "cpu", "--batch_size", "2")
-    where = ("--include_path", str(tmp_path), "--tasks", "prose", "--output_path", str(tmp_path / "plain"))
+    where = ("--include_path", str(task.parent), "--tasks", task.stem, "--output_path", str(output))
     run(sys.executable, "-m", "lm_eval", *arguments, *where)
-    plain = json.loads(next((tmp_path / "plain").rglob("results_*.json")).read_text())
-    ours = json.loads(output.read_text())["prose"]["bits_per_byte,none"]
-    assert math.isclose(plain["results"]["prose"]["bits_per_byte,none"], ours, rel_tol=1e-6)
+    results = json.loads(next(output.rglob("results_*.json")).read_text())["results"]
+    return results[task.stem]["bits_per_byte,none"]
+
+
+def our_module(directory: Path, task: Path, output: Path) -> float:
+    """Bits per byte of a Hugging Face directory through our entry point."""
+    module = (sys.executable, "-m", "btm.ensemble.lm_eval_adapter")
+    run(*module, "--model", str(directory), "--tasks", str(task), "--output", str(output))
+    return json.loads(output.read_text())[task.stem]["bits_per_byte,none"]
+
+
+def test_the_plain_harness_scores_an_elm_as_a_hugging_face_model(forest, tmp_path) -> None:
+    task, directory = write_perplexity_task(tmp_path, "prose", TEXTS), forest.directory("law")
+    ours = our_module(directory, task, tmp_path / "ours.json")
+    assert math.isclose(plain_harness(directory, task, tmp_path / "plain"), ours, rel_tol=1e-6)
+
+
+def test_the_plain_harness_scores_what_btm_merge_wrote(forest, tmp_path) -> None:
+    """The expected model is averaged here, by hand; it must be neither of the two ELMs."""
+    merged, averaged = tmp_path / "merged", tmp_path / "averaged"
+    store_config(parse_config({"forest": str(forest.path), "data": {"domains": dict.fromkeys(forest.domains, "-")}}))
+    btm = str(Path(sys.executable).with_name("btm"))
+    run(btm, "merge", f"forest={forest.path}", "merge=weighted", "merge.weights.law=3", "merge.weights.code=1",
+        f"merge.output={merged}")  # fmt: skip
+    law, code = (LlamaForCausalLM.from_pretrained(forest.directory(name)) for name in ("law", "code"))
+    with torch.no_grad():
+        for mine, other in zip(law.parameters(), code.parameters(), strict=True):
+            mine.mul_(0.75).add_(other, alpha=0.25)
+    save_model(law, averaged, torch.float32, forest.tokenizer_dir)
+    task = write_perplexity_task(tmp_path, "prose", TEXTS)
+    given = plain_harness(merged, task, tmp_path / "plain")
+    assert math.isclose(given, our_module(averaged, task, tmp_path / "expected.json"), rel_tol=1e-5)
+    assert math.isclose(given, our_module(merged, task, tmp_path / "ours.json"), rel_tol=1e-6)
+    for name in forest.domains:
+        alone = our_module(forest.directory(name), task, tmp_path / f"{name}.json")
+        assert not math.isclose(given, alone, rel_tol=1e-2)
