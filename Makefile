@@ -4,44 +4,47 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= dev
+INSTALL = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
-$(BIN)/btm: pyproject.toml $(wildcard $(CONSTRAINTS))
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
-	touch $@
+# pip comes last into a new environment: without it, an earlier attempt was interrupted.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
 
-install: $(BIN)/btm ## create .venv and install; CONSTRAINTS= takes the newest releases (CUDA torch)
+# One stamp per extra: `make demo` installs what the package needs, the other targets add to it.
+$(VENV)/installed-%: pyproject.toml $(wildcard $(CONSTRAINTS)) | $(BIN)/pip
+	$(INSTALL) '.$(if $(filter-out base,$*),[$*])'
+	touch $(VENV)/installed-base $@
 
-demo: $(BIN)/btm ## the main job: a forest on text that is already here, with report
+install: $(VENV)/installed-dev ## create .venv and install; CONSTRAINTS= takes the newest releases (CUDA torch)
+
+demo: $(VENV)/installed-base ## the main job: a forest on text that is already here, with report
 	$(BIN)/btm demo
 
 test: checks ## style, types, import contracts and all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests
 
-checks: $(BIN)/btm ## ruff, pyright, import contracts
+checks: $(VENV)/installed-dev ## ruff, pyright, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-test-gpu: $(BIN)/btm ## tests that need CUDA
+test-gpu: $(VENV)/installed-dev ## tests that need CUDA
 	$(BIN)/python -m pytest -m gpu tests
 
-kill-test: $(BIN)/btm ## SIGKILL everything at random moments; the result must not change
+kill-test: $(VENV)/installed-dev ## SIGKILL everything at random moments; the result must not change
 	$(BIN)/python -m pytest -m slow -s tests/kill
 
-lm-eval: $(BIN)/btm ## lm-evaluation-harness on a merged model and on an ensemble
-	$(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[dev,eval]'
+lm-eval: $(VENV)/installed-dev $(VENV)/installed-eval ## lm-evaluation-harness on a merged model, an ELM and an ensemble
 	$(BIN)/python -m pytest -m slow -s tests/lm_eval
 
-bench: $(BIN)/btm ## ratios to named peers, measured in one run each
-	set -e; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+bench: $(VENV)/installed-bench ## ratios to named peers, measured in one run each; about 25 minutes
+	$(BIN)/python tests/benchmarks/run_all.py
 
-format: $(BIN)/btm ## format and fix
+format: $(VENV)/installed-dev ## format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
