@@ -39,6 +39,10 @@ class DataConfig(Model):
     """Share of documents (by hash) held out for development."""
     test_fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of documents (by hash) held out for the final evaluation."""
+    images: list[str] = []
+    """Domains (of any group) whose documents hold pictures: JSON lines of {"image": path, "captions": ...} or {"text": "... <image> ...", "images": [paths]}."""
+    caption_keys: list[str] = []
+    """Keys of nested captions to keep, for example [en]; an object without any of them keeps all."""
     near_duplicate_threshold: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of word 5-gram shingles above which a dev or test document counts as a copy of a training document and is dropped; 1 checks exact copies only."""
     min_train_tokens: int = Field(default=20_000, ge=1)
@@ -62,3 +66,11 @@ class TokenizerConfig(Model):
     """Entries of a trained byte-level BPE tokenizer."""
     train_bytes: int = Field(default=20_000_000, ge=10_000)
     """Bytes of text, shared equally by the domains, that a trained tokenizer sees."""
+    image_size: int = Field(default=32, ge=4, le=1024)
+    """Side in pixels of the squares that pictures are fitted into; a multiple of ``image_patch``."""
+    image_patch: int = Field(default=4, ge=1, le=64)
+    """Side in pixels of the patch that becomes one token."""
+    image_codes: int = Field(default=1024, ge=2, le=65_536)
+    """Entries of the image tokenizer's codebook, which follow the text's entries in the one vocabulary."""
+    image_train_pictures: int = Field(default=20_000, ge=1)
+    """Pictures, shared equally by the domains, that the image tokenizer is trained on."""

@@ -5,7 +5,7 @@ Three rules, in this order; a document that one of them drops does not count for
 1. Of documents with equal text one stays: the first of its domain, and of domains the earlier one.
 2. A held-out document (dev or test) that nearly copies a training document is dropped, in the same domain and across
    domains; of two domains the later one gives way, so that a domain never changes because another one joins.
-3. The split depends on the document's text alone.
+3. The split depends on the document's text alone, and where it holds pictures, on its first picture alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,12 +40,14 @@ class DocumentSet:
         signatures: See :func:`btm.corpus.shingles.signatures`; uint8 ``(documents, 128)``, or no rows when near
             duplicates are not looked for.
         fates: uint8 ``(documents,)``; empty until decided.
+        split_keys: What the split depends on, uint64 ``(documents,)``; None takes the hashes.
     """
 
     domain: str
     hashes: np.ndarray
     signatures: np.ndarray
     fates: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    split_keys: np.ndarray | None = None
 
 
 def split_of(hashes: np.ndarray, *, dev_fraction: float, test_fraction: float) -> np.ndarray:
@@ -133,7 +135,8 @@ def decide_fates(
         test_fraction: Share of documents for test.
         near_duplicate_threshold: Jaccard similarity; 1 looks for equal texts only.
     """
-    fates = split_of(documents.hashes, dev_fraction=dev_fraction, test_fraction=test_fraction)
+    keys = documents.hashes if documents.split_keys is None else documents.split_keys
+    fates = split_of(keys, dev_fraction=dev_fraction, test_fraction=test_fraction)
     fates[repeated(documents.hashes)] = Fate.exact_duplicate
     shared: dict[str, int] = {}
     for other in earlier:

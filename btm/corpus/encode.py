@@ -43,7 +43,7 @@ def surveyed_texts(
     """Read the domain again and give the ``chosen`` documents (bool per document).
 
     Yields:
-        Number, text and UTF-8 bytes of each.
+        Number, text and bytes (of UTF-8, unless the document says what it stands for) of each.
 
     Raises:
         DataError: If the text is not what the survey saw.
@@ -55,7 +55,8 @@ def surveyed_texts(
             raise DataError(f"{document.path} changed while domain {source.domain} was being prepared; run it again")
         count += 1
         if chosen[number]:
-            yield number, document.text, len(encoded)
+            size = len(encoded) if document.num_bytes is None else document.num_bytes
+            yield number, document.text, size
     if count != len(chosen):
         raise DataError(f"domain {source.domain} lost documents while it was being prepared; run it again")
 

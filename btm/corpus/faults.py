@@ -22,6 +22,7 @@ class FaultKind(StrEnum):
     too_large = "too_large"
     empty_file = "empty_file"
     unreadable = "unreadable"
+    bad_image = "bad_image"
 
 
 class Faults:

@@ -22,6 +22,8 @@ from btm.errors import BtmError, DataError
 from btm.files import read_json, sha256_of_file, sha256_of_json, write_json
 from btm.records import DomainInfo
 
+PICTURES_FILE = "pictures.npy"
+"""Which document shows which picture, in domains with pictures; see :mod:`btm.corpus.images.splits`."""
 _FATES, _RECORD, INFO_FILE = "fates.npy", "prepared.json", "corpus.json"
 
 
@@ -102,7 +104,8 @@ def load_prepared_documents(directory: Path) -> DocumentSet:
 
 
 def _document_files(directory: Path) -> dict[str, str]:
-    return {name: sha256_of_file(directory / name) for name in (*DOCUMENT_FILES, _FATES)}
+    names = [*DOCUMENT_FILES, _FATES, *([PICTURES_FILE] if (directory / PICTURES_FILE).is_file() else [])]
+    return {name: sha256_of_file(directory / name) for name in names}
 
 
 def prepared_domains(corpus_dir: Path) -> list[str]:

@@ -30,6 +30,17 @@ class Document:
     text: str
     path: Path
     line: int
+    num_bytes: int | None = None
+    """Bytes that it stands for where they are not those of its text; for bits per byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One object of a JSON-lines file."""
+
+    content: dict[str, Any]
+    path: Path
+    line: int
 
 
 def read_documents(files: Sequence[Path], *, text_field: str, faults: Faults) -> Iterator[Document]:
@@ -50,6 +61,23 @@ def read_documents(files: Sequence[Path], *, text_field: str, faults: Faults) ->
             faults.add(FaultKind.unreadable, path, None, f"cannot be read to its end ({error})")
 
 
+def read_rows(files: Sequence[Path], faults: Faults) -> Iterator[Row]:
+    """Objects of JSON-lines ``files`` in order, whatever their fields.
+
+    Args:
+        files: JSON lines, plain or compressed.
+        faults: Counts broken lines and files, or raises at the first.
+    """
+    for path in files:
+        try:
+            if path.stat().st_size == 0:
+                faults.add(FaultKind.empty_file, path, None, "the file is empty")
+            else:
+                yield from _lines(path, faults)
+        except (OSError, EOFError, zlib.error) as error:
+            faults.add(FaultKind.unreadable, path, None, f"cannot be read to its end ({error})")
+
+
 def _read_file(path: Path, text_field: str, faults: Faults) -> Iterator[Document]:
     kind = file_kind(path)
     if is_dataset(path):
@@ -65,6 +93,15 @@ def _read_file(path: Path, text_field: str, faults: Faults) -> Iterator[Document
 
 
 def _read_lines(path: Path, text_field: str, faults: Faults) -> Iterator[Document]:
+    for row in _lines(path, faults):
+        if text_field not in row.content:
+            problem = f"no field {text_field!r}; it has {_names(row.content)} (set data.text_field)"
+            faults.add(FaultKind.missing_field, path, row.line, problem)
+        else:
+            yield from _checked(row.content[text_field], path, row.line, faults)
+
+
+def _lines(path: Path, faults: Faults) -> Iterator[Row]:
     with open_bytes(path) as file:
         number = 0
         while line := file.readline(MAX_DOCUMENT_BYTES):
@@ -74,10 +111,10 @@ def _read_lines(path: Path, text_field: str, faults: Faults) -> Iterator[Documen
                     pass
                 faults.add(FaultKind.too_large, path, number, f"the line is longer than {MAX_DOCUMENT_BYTES} bytes")
             elif line.strip():
-                yield from _from_line(line, path, number, text_field, faults)
+                yield from _from_line(line, path, number, faults)
 
 
-def _from_line(line: bytes, path: Path, number: int, text_field: str, faults: Faults) -> Iterator[Document]:
+def _from_line(line: bytes, path: Path, number: int, faults: Faults) -> Iterator[Row]:
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
@@ -92,11 +129,7 @@ def _from_line(line: bytes, path: Path, number: int, text_field: str, faults: Fa
         hint = "; write one object per line" if isinstance(row, list) else ""
         faults.add(FaultKind.bad_json, path, number, f"a JSON object is needed, got {type(row).__name__}{hint}")
         return
-    if text_field not in row:
-        problem = f"no field {text_field!r}; it has {_names(row)} (set data.text_field)"
-        faults.add(FaultKind.missing_field, path, number, problem)
-        return
-    yield from _checked(row[text_field], path, number, faults)
+    yield Row(row, path, number)
 
 
 def _read_text(path: Path, faults: Faults) -> Iterator[Document]:
