@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from real_text import write_domains
+from speed_table import Line, close
 
 FLOOR_S, GOAL_S = 1.0, 0.5
 HEAVY = ("torch", "transformers", "ray", "wandb", "matplotlib", "datasets", "numpy", "pandas")
@@ -54,7 +55,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="one round")
     options = parser.parse_args()
+    options.rounds = 1 if options.quick else options.rounds
     with tempfile.TemporaryDirectory(prefix="bench-cli-") as scratch:
         folder = Path(scratch)
         forest = small_forest(folder)
@@ -72,15 +75,21 @@ def main() -> None:
             for name, (arguments, code) in commands.items():
                 seconds[name].append(seconds_of([*_btm(), *arguments], code, folder))
         print(f"commands, median of {options.rounds}; load {load:.2f} before, {os.getloadavg()[0]:.2f} after")
-        print(f"{'':24} median s  fastest   floor    goal  modules  of the large ones")
+        print(f"{'':24} median s  fastest  modules  of the large ones")
         print(f"{'python -c pass':24} {statistics.median(bare):8.3f} {min(bare):8.3f}")
         for name, values in seconds.items():
             count, large = imported(commands[name][0], folder)
             note = " MUST NOT" if set(large) & set(HEAVY[:3]) else ""
             print(
-                f"{name:24} {statistics.median(values):8.3f} {min(values):8.3f} {FLOOR_S:7.1f} {GOAL_S:7.1f} "
+                f"{name:24} {statistics.median(values):8.3f} {min(values):8.3f} "
                 f"{count:8d}  {', '.join(large) or 'none'}{note}"
             )
+        close(
+            [
+                Line(what=name, figure=statistics.median(values), floor=FLOOR_S, goal=GOAL_S, at_most=True, unit="s")
+                for name, values in seconds.items()
+            ]
+        )
 
 
 def _btm() -> list[str]:

@@ -1,13 +1,14 @@
-"""Merging, process start included: ours, mergekit's linear method where it is installed, and plain torch.
+"""Merging, process start included: ``btm merge``, mergekit's linear method, and plain torch.
 
-``python tests/benchmarks/bench_merge.py --parameters 134 --models 8`` writes random bf16 Llamas of 134 million
-parameters, runs all contenders in turn as processes of their own, and prints seconds, ratios, the largest private
-memory (``Private_Dirty`` of ``/proc/<pid>/smaps_rollup``) and the load average. Files are read from the page cache
-(warm) unless ``--cold``. Higher ratios are better.
+``python tests/benchmarks/bench_merge.py`` writes forests of 8 random bf16 Llamas, of 268 MB and of 1.1 GB each, and
+runs all contenders in turn as processes of their own. It prints seconds, ratios, the largest private memory
+(``Private_Dirty`` of ``/proc/<pid>/smaps_rollup``), the load average, and whether ours and mergekit's weights are the
+same bits. ``btm merge`` is the whole command: it reads the forest, checks every input against its recorded checksum
+(mergekit checks nothing) and writes a model with tokenizer and card; its worker alone, checking nothing, is printed
+beside it. mergekit comes with the extra ``bench``. Files are read from the page cache (warm) unless ``--cold``.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -17,23 +18,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
-import xxhash
+from speed_table import Line, close
 
-from btm.merge.tensor_file import format_header
+from btm.config_parse import parse_config
+from btm.forest import Forest
+from btm.merge.tensor_file import format_header, read_tensors
+from btm.records import ElmRecord, Ledger
 from btm.requests import MergeInput, MergeSpec
+from btm.session import store_config
 
 VOCABULARY = 32_000
-OURS = {
-    "btm merge": "",
-    "btm merge, XXH3 of all inputs checked": "checksums",
-    "btm merge, SHA-256 of all inputs checked": "files",
-}
-"""Contender -> field of the request that holds the hashes."""
+OURS, MERGEKIT = "btm merge", "mergekit linear"
+LIMITS = {134: (3.0, 8.0), 551: (2.0, 5.0)}
+"""Millions of parameters -> floor and goal of the ratio to mergekit."""
+MEMORY_MB = 256
 NAIVE_TORCH = """
 import sys, torch
 from pathlib import Path
@@ -75,23 +76,44 @@ def llama_shapes(num_parameters: int) -> tuple[dict[str, object], dict[str, tupl
     return config, shapes
 
 
+def make_forest(folder: Path, options: argparse.Namespace, num_parameters: int) -> Forest:
+    """A forest of random models, as ``btm run`` leaves it."""
+    config, shapes = llama_shapes(num_parameters)
+    names = [f"part{index}" for index in range(options.models)]
+    forest = Forest.create(folder / "forest", name="bench", tokenizer_sha256="bench", vocab_size=VOCABULARY)
+    tokenizer = json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}}})
+    forest.tokenizer_dir.mkdir()
+    (forest.tokenizer_dir / "tokenizer.json").write_text(tokenizer)
+    (folder / "text.jsonl").write_text("{}")
+    domains = {name: str(folder / "text.jsonl") for name in names}
+    store_config(parse_config({"forest": str(forest.path), "data": {"domains": domains}}))
+    for seed, name in enumerate(names):
+        # Inside the forest, where files are linked and not copied.
+        directory = forest.path / "runs" / name
+        write_random_model(directory, config, shapes, seed)
+        (directory / "tokenizer.json").write_text(tokenizer)
+        record = ElmRecord(
+            domain=name, directory="", parents=[], ledger=Ledger(), data_fingerprint="", files={},
+            num_parameters=num_parameters, created="2000-01-01T00:00:00+00:00",
+        )  # fmt: skip
+        forest.join(record, directory)
+        shutil.rmtree(directory)
+    return forest
+
+
 def write_random_model(
     directory: Path, config: dict[str, object], shapes: dict[str, tuple[int, ...]], seed: int
-) -> str:
-    """Random bf16 weights of the size of trained ones; returns the SHA-256 of the file."""
-    directory.mkdir()
+) -> None:
+    """Random bf16 weights of the size of trained ones."""
+    directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}}}))
-    generator, names = np.random.default_rng(seed), sorted(shapes)
-    digests = {"files": hashlib.sha256(), "checksums": xxhash.xxh3_128()}
+    values = np.random.default_rng(seed).standard_normal(1 << 23, dtype=np.float32) * np.float32(0.02)
+    pool = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     with open(directory / "model.safetensors", "wb") as file:
-        header = format_header([(name, "BF16", shapes[name]) for name in names], {"format": "pt"})
-        _write(file, header, digests)
-        for name in names:
-            values = generator.standard_normal(shapes[name], dtype=np.float32) * np.float32(0.02)
-            data = (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16).tobytes()
-            _write(file, data, digests)
-    return {kind: digest.hexdigest() for kind, digest in digests.items()}
+        file.write(format_header([(name, "BF16", shapes[name]) for name in sorted(shapes)], {"format": "pt"}))
+        for number, name in enumerate(sorted(shapes)):
+            # Drawn once and repeated from another place on: how fast bytes are averaged is the same for all of them.
+            file.write(np.resize(np.roll(pool, 4099 * number), shapes[name]).tobytes())
 
 
 def run_measured(command: list[str]) -> tuple[float, float]:
@@ -111,74 +133,100 @@ def run_measured(command: list[str]) -> tuple[float, float]:
     return seconds, peak / 1024
 
 
-def contenders(folder: Path, models: list[Path], hashes: list[dict[str, str]]) -> dict[str, list[str]]:
+def contenders(folder: Path, forest: Forest, *, is_small: bool) -> dict[str, list[str]]:
     """Name -> command; each writes ``folder/out-<n>``."""
-    python, commands = sys.executable, {}
-    for name, record in OURS.items():
-        spec = MergeSpec(
-            name="bench",
-            method="uniform",  # pyright: ignore[reportArgumentType]
-            models=[
-                MergeInput(
-                    name=model.name,
-                    directory=str(model),
-                    **{kind: {"model.safetensors": model_hashes[kind]} for kind in [record] if kind},
-                )
-                for model, model_hashes in zip(models, hashes, strict=True)
-            ],
-            tokenizer_dir=str(models[0]),
-            output_dir=str(folder / f"out-{len(commands)}"),
-        )
-        path = folder / f"spec-{len(commands)}.json"
-        spec.save(path)
-        commands[name] = [python, "-m", "btm.merge.worker", str(path)]
+    python = sys.executable
+    models = [forest.directory(name) for name in forest.domains]
+    whole = [str(Path(python).with_name("btm")), "merge", f"forest={forest.path}"]
+    commands = {OURS: [*whole, f"merge.output={folder / 'out-btm'}"]}
+    spec = MergeSpec(
+        name="bench",
+        method="uniform",  # pyright: ignore[reportArgumentType]
+        models=[MergeInput(name=model.name, directory=str(model)) for model in models],
+        tokenizer_dir=str(forest.tokenizer_dir),
+        output_dir=str(folder / "out-worker"),
+    )
+    spec.save(folder / "spec.json")
+    commands["its worker alone, nothing checked"] = [python, "-m", "btm.merge.worker", str(folder / "spec.json")]
     mergekit = shutil.which("mergekit-yaml", path=f"{Path(python).parent}:{os.environ['PATH']}")
     if mergekit:
         recipe = [{"model": str(model), "parameters": {"weight": 1.0}} for model in models]
         path = folder / "linear.yml"
         path.write_text(json.dumps({"models": recipe, "merge_method": "linear", "dtype": "bfloat16"}))
-        commands["mergekit linear"] = [
-            mergekit,
-            str(path),
-            str(folder / "out-mergekit"),
-            "--quiet",
-            "--no-copy-tokenizer",
-        ]
-    commands["plain torch"] = [python, "-c", NAIVE_TORCH, *map(str, models), str(folder / "out-torch")]
+        commands[MERGEKIT] = [mergekit, str(path), str(folder / "out-mergekit"), "--quiet", "--no-copy-tokenizer"]
+    if is_small:
+        # Holds all models at once: not for the large ones.
+        commands["plain torch"] = [python, "-c", NAIVE_TORCH, *map(str, models), str(folder / "out-torch")]
     return commands
 
 
 def main() -> None:
-    """Write models, measure in turn, print, clean up."""
+    """Measure each size and print all figures."""
     options = _options()
+    lines = [line for millions in options.parameters for line in bench_size(options, millions)]
+    close(lines)
+    if not any(line.figure for line in lines[::2]):
+        sys.exit("mergekit is not installed: make bench installs it, or pip install -e '.[bench]'")
+
+
+def bench_size(options: argparse.Namespace, millions: int) -> list[Line]:
+    """Write models of one size, measure in turn, clean up."""
     with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.directory) as scratch:
         folder = Path(scratch)
-        config, shapes = llama_shapes(options.parameters * 1_000_000)
-        models = [folder / f"model-{index}" for index in range(options.models)]
-        hashes = [write_random_model(model, config, shapes, seed) for seed, model in enumerate(models)]
+        forest = make_forest(folder, options, millions * 1_000_000)
+        models = [forest.directory(name) for name in forest.domains]
         size = (models[0] / "model.safetensors").stat().st_size
+        is_small = millions <= min(LIMITS)
+        rounds = options.rounds if is_small else max(1, options.rounds - 1)
         state = "cold" if options.cold else "warm"
-        print(f"{len(models)} models of {size / 1e6:.0f} MB bf16, {state}, load {os.getloadavg()[0]:.2f}")
-        commands = contenders(folder, models, hashes)
+        print(f"\n{len(models)} models of {size / 1e6:.0f} MB bf16, {state}, load {os.getloadavg()[0]:.2f}")
+        commands = contenders(folder, forest, is_small=is_small)
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         memory = dict.fromkeys(commands, 0.0)
-        for number in range(options.rounds + 1):
+        for number in range(rounds + 1):
             for name, command in commands.items():
                 _prepare(folder, models, cold=options.cold)
                 taken, private = run_measured(command)
                 if number:
                     seconds[name].append(taken)
                     memory[name] = max(memory[name], private)
+                if number == 0 and name == OURS:
+                    ours = _bytes_of(folder / "out-btm")
+                if number == 0 and name == MERGEKIT:
+                    print(f"same bits as {MERGEKIT}: {'yes' if ours == _bytes_of(folder / 'out-mergekit') else 'NO'}")
         _report(seconds, memory)
+    floor, goal = LIMITS.get(millions, (None, None))
+    ratio = _ratio(seconds[MERGEKIT], seconds[OURS]) if MERGEKIT in seconds else None
+    named = f"{options.models} x {size / 1e6:.0f} MB"
+    return [
+        Line(what=f"merge {named}: {MERGEKIT} / {OURS}, process start included", figure=ratio, floor=floor, goal=goal),
+        Line(
+            what=f"merge {named}: private memory",
+            figure=memory[OURS], floor=MEMORY_MB, goal=MEMORY_MB, at_most=True, unit="MB",
+        ),
+    ]  # fmt: skip
+
+
+def _bytes_of(directory: Path) -> dict[str, int]:
+    """Hash of the bytes of every tensor in a directory."""
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+        for name, tensor in read_tensors(path).items():
+            found[name] = hash(data[tensor.offset : tensor.offset + tensor.num_bytes].tobytes())
+    return found
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    return statistics.median(other / own for other, own in zip(theirs, ours, strict=True))
 
 
 def _report(seconds: dict[str, list[float]], memory: dict[str, float]) -> None:
     ours, *_ = seconds
     for name, taken in seconds.items():
-        ratios = [other / own for other, own in zip(taken, seconds[ours], strict=True)]
         print(
             f"{name:<42} {statistics.median(taken):6.2f} s (best {min(taken):5.2f})  "
-            f"{statistics.median(ratios):5.2f} times {ours}  {memory[name]:6.0f} MB private"
+            f"{_ratio(taken, seconds[ours]):5.2f} times {ours}  {memory[name]:6.0f} MB private"
         )
     print(f"load average {os.getloadavg()[0]:.2f} at the end")
 
@@ -187,16 +235,12 @@ def _prepare(folder: Path, models: list[Path], *, cold: bool) -> None:
     for output in folder.glob("out-*"):
         if output.is_dir():
             shutil.rmtree(output)
+        else:
+            output.unlink()
     for model in models if cold else []:
         descriptor = os.open(model / "model.safetensors", os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-
-
-def _write(file: BinaryIO, data: bytes, digests: Mapping[str, Any]) -> None:
-    file.write(data)
-    for digest in digests.values():
-        digest.update(data)
 
 
 def _private_kb(pid: int) -> int:
@@ -217,13 +261,17 @@ def _count(width: int) -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--parameters", type=int, default=134, help="millions per model")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, nargs="+", default=list(LIMITS), help="millions per model")
     parser.add_argument("--models", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--directory", default=None, help="where the models are written (several GB)")
+    parser.add_argument("--rounds", type=int, default=3, help="after one of warm-up; one less for large models")
+    parser.add_argument("--directory", default=None, help="where the models are written (up to 11 GB)")
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each run")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="two small models, one round")
+    options = parser.parse_args()
+    if options.quick:
+        options.parameters, options.models, options.rounds = [10], 2, 1
+    return options
 
 
 if __name__ == "__main__":

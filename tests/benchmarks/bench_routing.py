@@ -46,7 +46,7 @@ def torch_token_choice(logits_TE: torch.Tensor, count: int) -> object:
 def our_token_choice(logits_TE: torch.Tensor, count: int) -> object:
     """The same with this library's selection."""
     expert_TK = top_experts(logits_TE, count)
-    return logits_TE.gather(1, expert_TK).softmax(-1), *sort_copies(expert_TK.reshape(-1), logits_TE.shape[1])
+    return logits_TE.gather(1, expert_TK).softmax(-1), sort_copies(expert_TK.reshape(-1), logits_TE.shape[1])
 
 
 def bench_routing(repeats: int) -> None:
@@ -108,7 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tuned", action="store_true", help="keep freed memory in the process")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats (default 7)")
+    parser.add_argument("--quick", action="store_true", help="one repeat")
     options = parser.parse_args()
+    options.repeats = 1 if options.quick else options.repeats
     if options.tuned:
         libc = ctypes.CDLL(None)
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):

@@ -1,11 +1,12 @@
 """Start of one more training: fork server, fresh interpreter, Ray actors, and a Ray Train ``fit()`` that does nothing.
 
-Run: ``python tests/benchmarks/bench_start.py [rounds]``. Each figure is the time from asking to the first line of the
+Run: ``python tests/benchmarks/bench_start.py``. Each figure is the time from asking to the first line of the
 task's own code, with torch and transformers imported; the parent is up already. For Ray Train it is a ``fit()`` of one
 worker whose loop does nothing, on a Ray that runs already; ``import torch`` alone is printed beside. The contenders
 take turns; minima are compared.
 """
 
+import argparse
 import logging
 import os
 import subprocess
@@ -14,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from speed_table import Line, close
 
 from launch.local import LocalExecutor
 from launch.ray_executor import RayExecutor
@@ -92,7 +95,12 @@ def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    rounds = int(sys.argv[1]) if sys.argv[1:] else 2
+    """Print the times and the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one round")
+    options = parser.parse_args()
+    rounds = 1 if options.quick else options.rounds
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
@@ -104,7 +112,8 @@ def main() -> None:
     print(f"start of one more task, {rounds} rounds; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     for name, seconds in times.items():
         print(f"{name:26} {min(seconds):8.3f} s (max {max(seconds):.3f}) {min(seconds) / best:8.1f} x fork server")
-    print(f"ratio Ray Train fit() / fork server: {min(times['Ray Train fit()']) / best:.0f} (floor 5, goal 100)")
+    ratio = min(times["Ray Train fit()"]) / best
+    close([Line(what="start of one more ELM: Ray Train fit() / fork server", figure=ratio, floor=5, goal=100)])
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 ``python tests/benchmarks/bench_trainer.py`` runs in turn, each as a process of its own: the real worker
 (``btm.train.worker`` on real token shards) and what everybody writes first around transformers' model: under autocast
-from fp32 weights, and with bf16 weights and fp32 masters. All have the same model, batches, fused AdamW, clipping and
-tuned allocator; the hand-written loops write no metrics and no checkpoints. All processes live at the same time and
-take turns of a few updates, the others stopped by a signal, so that other load on the machine meets all alike;
-everything that a process does in its turns counts. The bf16 matmul peak is measured before each turn, and once by the
-worker itself, as it always does; the highest counts.
+from fp32 weights, and with bf16 weights and fp32 masters. All read the same request: ``hand_written_loops.py`` has the
+same initial weights, batches, schedule, clipping, fused AdamW and tuned allocator (the losses printed beside show it),
+and leaves out metrics, checkpoints and checks. All processes live at the same time and take turns of a few updates, the
+others stopped by a signal, so that other load on the machine meets all alike; everything that a process does in its
+turns counts. The bf16 matmul peak is measured before each turn, and once by the worker itself, as it always does; the
+highest counts.
 """
 
 import argparse
@@ -18,12 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 from real_text import write_domains
+from speed_table import Line, close
 
 from btm.config_data import DataConfig, TokenizerConfig
 from btm.config_model import EngineConfig, ModelConfig
@@ -34,8 +33,9 @@ VOCABULARY = 32_000
 LENGTH = 512
 WARM_UP = 3
 POLL_S = 0.002
-FLOOR, GOAL = 0.97, 1.9
+FLOOR, GOAL, PEAK_GOAL = 0.97, 1.9, 50.0
 HAND_WRITTEN = ("autocast", "bf16 weights")
+"""Kinds of ``hand_written_loops.py``."""
 
 
 class Contender:
@@ -76,18 +76,15 @@ class Contender:
 def main() -> None:
     """Run all contenders in turn and print the table."""
     options = _options()
-    if options.contender:
-        hand_written(options)
-        return
     with tempfile.TemporaryDirectory(prefix="bench-trainer-", dir=options.directory) as scratch:
         folder = Path(scratch)
-        prefix = prepare_text(folder)
+        write_spec(folder, prepare_text(folder, 2_000_000 if options.quick else 12_000_000), options)
         load = os.getloadavg()[0]
         contenders: list[Contender] = []
         try:
             for name in ("worker", *HAND_WRITTEN):
                 rows = folder / "run" / "metrics.jsonl" if name == "worker" else folder / f"{name.split()[0]}.jsonl"
-                contenders.append(Contender(name, _command(name, folder, prefix, rows, options), rows, options))
+                contenders.append(Contender(name, _command(name, folder, rows), rows, options))
                 contenders[-1].turn(WARM_UP)
             peaks = []
             for _ in range(options.rounds):
@@ -105,11 +102,11 @@ def total_updates(options: argparse.Namespace) -> int:
     return WARM_UP + options.rounds * options.turn + 10
 
 
-def prepare_text(folder: Path) -> Path:
+def prepare_text(folder: Path, max_bytes: int) -> Path:
     """Token shards of the standard library's sources; returns the prefix of the training split."""
     from btm.corpus.worker import prepare
 
-    paths = write_domains(folder / "text", 1, max_bytes=12_000_000)
+    paths = write_domains(folder / "text", 1, max_bytes=max_bytes)
     prepare(
         PrepareSpec(
             output_dir=str(folder / "corpus"),
@@ -131,13 +128,8 @@ def _peak(options: argparse.Namespace) -> float:
     return matmul_peak(torch.bfloat16, torch.device("cpu"))
 
 
-def _command(name: str, folder: Path, prefix: Path, rows: Path, options: argparse.Namespace) -> list[str]:
-    if name != "worker":
-        command = [sys.executable, __file__, "--contender", name, "--prefix", str(prefix), "--rows", str(rows)]
-        for key in ("sequences", "rounds", "turn", "threads"):
-            command += [f"--{key}", str(getattr(options, key))]
-        return command
-    rows.parent.mkdir()
+def write_spec(folder: Path, prefix: Path, options: argparse.Namespace) -> None:
+    """Write the one request that all contenders read."""
     train = TrainConfig(
         sequence_length=LENGTH,
         batch_tokens=options.sequences * LENGTH,
@@ -147,7 +139,7 @@ def _command(name: str, folder: Path, prefix: Path, rows: Path, options: argpars
     )
     spec = TrainSpec(
         name="bench",
-        output_dir=str(rows.parent),
+        output_dir=str(folder / "run"),
         start=Start(kind="scratch"),
         sources=[TokenSource(domain="part0", prefix=str(prefix))],
         last_update=total_updates(options),
@@ -159,79 +151,13 @@ def _command(name: str, folder: Path, prefix: Path, rows: Path, options: argpars
         engine=EngineConfig(),
     )
     spec.save(folder / "spec.json")
-    return [sys.executable, "-m", "btm.train.worker", str(folder / "spec.json")]
 
 
-def hand_written(options: argparse.Namespace) -> None:
-    """Train and write a row per update; this is the child process."""
-    import torch
-
-    from btm.model.allocator import tune_allocator
-    from btm.model.causal_lm import build_model
-
-    tune_allocator()
-    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    model = build_model(ModelConfig(num_layers=6), vocab_size=VOCABULARY, eos_id=0, seed=0)
-    is_autocast = options.contender == "autocast"
-    step = _autocast_step(model) if is_autocast else _master_step(model)
-    with open(options.rows, "w", encoding="utf-8", buffering=1) as rows:
-        for inputs, targets in _batches(options):
-            with torch.autocast("cpu", torch.bfloat16) if is_autocast else nullcontext():
-                logits = model(input_ids=inputs, use_cache=False).logits
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-            loss.backward()
-            step()
-            rows.write(json.dumps({"train/loss": loss.item()}) + "\n")
-
-
-def _batches(options: argparse.Namespace) -> Iterator[tuple]:
-    import torch
-
-    ids = np.memmap(f"{options.prefix}.bin", dtype=np.uint16, mode="r")
-    size = options.sequences * LENGTH
-    for number in range(total_updates(options)):
-        part = torch.from_numpy(ids[number * size : (number + 1) * size + 1].astype(np.int64))
-        yield part[:-1].view(-1, LENGTH), part[1:].view(-1, LENGTH)
-
-
-def _autocast_step(model) -> Callable[[], None]:
-    import torch
-
-    optimizer = _adamw(model.parameters())
-
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def _master_step(model) -> Callable[[], None]:
-    import torch
-
-    weights = list(model.parameters())
-    masters = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
-    for weight in weights:
-        weight.data = weight.data.bfloat16()
-    optimizer = _adamw(masters)
-
-    def step() -> None:
-        for weight, master in zip(weights, masters, strict=True):
-            master.grad, weight.grad = weight.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for weight, master in zip(weights, masters, strict=True):
-                weight.copy_(master)
-
-    return step
-
-
-def _adamw(weights):
-    import torch
-
-    return torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+def _command(name: str, folder: Path, rows: Path) -> list[str]:
+    if name == "worker":
+        return [sys.executable, "-m", "btm.train.worker", str(folder / "spec.json")]
+    loops = str(Path(__file__).with_name("hand_written_loops.py"))
+    return [sys.executable, loops, str(folder / "spec.json"), name, str(rows)]
 
 
 def report(contenders: list[Contender], options: argparse.Namespace, load: float, peak: float) -> None:
@@ -262,10 +188,13 @@ def report(contenders: list[Contender], options: argparse.Namespace, load: float
             f"{loss:11.2f}"
         )
     pairs = sorted(theirs / ours for ours, theirs in zip(turns["worker"], turns[base], strict=True))
-    print(
-        f"ratio over all turns {rates['worker'] / rates[base]:.2f}, median turn {statistics.median(pairs):.2f} "
-        f"({pairs[0]:.2f} to {pairs[-1]:.2f}); "
-        f"floor {FLOOR}, goal {GOAL}; share of peak (fastest turn): goal 50%"
+    print(f"ratio of single turns: median {statistics.median(pairs):.2f}, {pairs[0]:.2f} to {pairs[-1]:.2f}")
+    share = 100 * tokens / min(turns["worker"]) * needed / peak
+    close(
+        [
+            Line(what=f"trainer / {base} loop, tokens/s", figure=rates["worker"] / rates[base], floor=FLOOR, goal=GOAL),
+            Line(what="trainer, share of bf16 matmul peak, fastest turn", figure=share, goal=PEAK_GOAL, unit="%"),
+        ]
     )
 
 
@@ -277,10 +206,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--checkpoint-every", type=int, default=20, help="five times as often as the default of btm")
     parser.add_argument("--threads", type=int, default=0, help="0 takes all cores")
     parser.add_argument("--directory", default=None, help="where runs are written")
-    parser.add_argument("--contender", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--prefix", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--rows", default="", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="two turns of two small updates")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.turn, options.sequences = 2, 2, 2
+    return options
 
 
 if __name__ == "__main__":

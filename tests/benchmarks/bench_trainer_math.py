@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from speed_table import Line, close
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -158,7 +159,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="one round")
     options = parser.parse_args()
+    options.rounds = 1 if options.quick else options.rounds
     torch.set_num_threads(options.threads)
     ids = torch.randint(0, options.vocab, (options.sequences, options.length + 1))
     batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
@@ -185,6 +188,8 @@ def main() -> None:
     }
     seconds = fastest(evaluating, options.rounds)
     show("scoring", seconds, "bare matrix products", tokens=tokens, needed=needed / 3, peak=peak)
+    ratio = seconds["token_losses, prepared"] / seconds["bare matrix products"]
+    close([Line(what="score: one model of 23M / its bare matrix products", figure=ratio, goal=1.3, at_most=True)])
 
 
 if __name__ == "__main__":
