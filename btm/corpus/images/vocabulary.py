@@ -128,6 +128,27 @@ def modality_of(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
     return table[ids]
 
 
+def loss_by_modality(logp: np.ndarray, ids: np.ndarray, table: np.ndarray) -> dict[str, float]:
+    """Mean negative log-probability of the tokens of each modality, in nats; a modality without tokens is left out.
+
+    Args:
+        logp: Log-probability of each token, any shape.
+        ids: The tokens that were predicted, of the same shape.
+        table: See :func:`modality_table`.
+
+    Raises:
+        DataError: If the shapes differ, or an id is outside of the table.
+    """
+    if logp.shape != ids.shape:
+        raise DataError(f"log-probabilities {logp.shape} must be as many as tokens {ids.shape}")
+    modality = modality_of(ids, table)
+    return {
+        name: -float(logp[modality == number].mean(dtype=np.float64))
+        for number, name in enumerate(MODALITIES)
+        if (modality == number).any()
+    }
+
+
 def load_image_tokenizer(tokenizer_dir: Path | str) -> ImageTokenizer:
     """The image tokenizer that belongs to the tokenizer in ``tokenizer_dir``.
 
