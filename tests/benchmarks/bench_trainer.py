@@ -48,6 +48,7 @@ class Contender:
             environment["OMP_NUM_THREADS"] = str(options.threads)
         self.name, self.seconds = name, list[float]()
         self._rows, self._log, self._target = rows, rows.with_suffix(".log"), 0
+        rows.parent.mkdir(exist_ok=True)
         with self._log.open("w") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 

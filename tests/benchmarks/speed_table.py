@@ -38,7 +38,7 @@ class Line:
         if self.goal is not None and self._reaches(self.goal):
             return "goal reached"
         if self.floor is None:
-            return "below the goal"
+            return "" if self.goal is None else "below the goal"
         return "floor reached" if self._reaches(self.floor) else "BELOW THE FLOOR"
 
     def _reaches(self, limit: float) -> bool:

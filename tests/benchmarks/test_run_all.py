@@ -58,6 +58,7 @@ def test_all_run_on_at_most_two_cores_and_a_missed_floor_is_no_failure(folder):
         (1.1, 1.1, None, True, "floor reached"),
         (1.11, 1.1, 1.02, True, "BELOW THE FLOOR"),
         (None, 3.0, 8.0, False, "not measured"),
+        (1.0, None, None, False, ""),
     ],
 )
 def test_a_figure_is_judged_by_its_limits(monkeypatch, figure, floor, goal, at_most, verdict):
