@@ -9,6 +9,7 @@ from pydantic import Field
 
 from btm.config_data import DataConfig, TokenizerConfig
 from btm.config_ensemble import EnsembleConfig, EvaluateConfig, GenerateConfig
+from btm.config_ffn import FfnConfig
 from btm.config_launch import LaunchConfig, TrackingConfig
 from btm.config_merge import MergeConfig
 from btm.config_model import EngineConfig, ModelConfig
@@ -36,6 +37,7 @@ class Config(Model):
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
+    ffn: FfnConfig = FfnConfig()
     train: TrainConfig = TrainConfig()
     branch: BranchConfig = BranchConfig()
     baselines: BaselineConfig = BaselineConfig()

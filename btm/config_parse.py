@@ -11,6 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from btm.config import Config
+from btm.config_ffn import SWIGLU_ARCHITECTURES, FfnLayer, ffn_problems
 from btm.config_merge import MergeMethodName
 from btm.config_train import BranchOptimizer, BranchSource
 from btm.errors import ConfigError
@@ -57,7 +58,12 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def cross_field_problems(config: Config) -> list[str]:
     """List contradictions between fields, worded for the user."""
-    return [*_data_problems(config), *_train_problems(config), *_other_problems(config)]
+    return [
+        *_data_problems(config),
+        *_train_problems(config),
+        *_ffn_problems(config),
+        *_other_problems(config),
+    ]
 
 
 def _data_problems(config: Config) -> list[str]:
@@ -104,6 +110,30 @@ def _train_problems(config: Config) -> list[str]:
         )
     if train.min_lr_fraction > 0 and train.warmup_fraction + train.decay_fraction > 1 and train.schedule == "wsd":
         problems.append("train.warmup_fraction + train.decay_fraction must be at most 1 with train.schedule=wsd")
+    return problems
+
+
+def _ffn_problems(config: Config) -> list[str]:
+    ffn, model, problems = config.ffn, config.model, ffn_problems(config.ffn)
+    if not ffn.is_sparse:
+        return problems
+    if not model.path:
+        if model.arch not in SWIGLU_ARCHITECTURES:
+            problems.append(
+                f"ffn={ffn.layer} needs a model with SwiGLU feed-forward networks; model.arch must be one of "
+                f"{', '.join(SWIGLU_ARCHITECTURES)}, got {model.arch!r}"
+            )
+        try:
+            ffn.blocks(model.num_layers)
+        except ValueError as error:
+            problems.append(str(error))
+    if ffn.layer is FfnLayer.demix and len(set(config.data.weights.values())) > 1:
+        problems.append(
+            f"ffn=demix gives every domain equally many sequences of each update, so data.weights must be equal, got "
+            f"{dict(config.data.weights)}; leave them out"
+        )
+    if config.baselines.random_split:
+        problems.append(f"baselines.random_split splits a forest; ffn={ffn.layer} trains one model: set it to false")
     return problems
 
 

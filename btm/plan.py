@@ -3,6 +3,10 @@
     prepare -> seed -> elm/<domain> x N -> (join) -> score/... -> average/... -> evaluate -> report
                     -> dense, random/<i>                       /
 
+With expert layers (``ffn=demix`` and others) one sparse model takes the place of the forest:
+
+    prepare -> sparse, dense -> score/... -> evaluate -> report
+
 Steps name what they need; the orchestrator starts whatever is ready. A step's name is also its directory under
 ``runs/``. What a step does is written by ``btm/steps.py`` when it starts, because some of it (checksums, branch
 weights) is known only then.
@@ -14,6 +18,7 @@ from enum import StrEnum
 
 from btm.budget import ModelSize, Updates, divide_updates
 from btm.config import Config
+from btm.config_ffn import FfnLayer
 from btm.config_merge import MergeMethodName
 from btm.config_train import BranchSource
 
@@ -79,7 +84,9 @@ class PlanInput:
 
 
 def plan_run(given: PlanInput) -> list[Step]:
-    """Steps of ``btm run``: the whole forest, its baselines and their evaluation."""
+    """Steps of ``btm run``: the whole forest, or one sparse model, its baselines and their evaluation."""
+    if given.config.ffn.is_sparse:
+        return [*_sparse_training(given), *plan_evaluation(given)]
     updates = given.updates
     steps = [
         Step(name="prepare", kind=StepKind.prepare, num_cpus=given.machine.num_cpus),
@@ -120,6 +127,8 @@ def plan_add(given: PlanInput, domain: str, *, num_original_domains: int) -> lis
 
 def plan_evaluation(given: PlanInput) -> list[Step]:
     """Steps of ``btm evaluate``: score every model on every domain, average, mix, report."""
+    if given.config.ffn.is_sparse:
+        return _sparse_evaluation(given)
     config, count = given.config, len(given.evaluated)
     joined = tuple(f"join/{domain}" for domain in given.domains)
     steps = [_score_step(given, "score/seed", ("seed",), count)]
@@ -140,6 +149,11 @@ def plan_evaluation(given: PlanInput) -> list[Step]:
     return steps
 
 
+def sparse_score_names(config: Config, domains: Sequence[str]) -> list[str]:
+    """What of a sparse model is scored: the model, or the models of the domains where each has its own experts."""
+    return [f"sparse/{domain}" for domain in domains] if config.ffn.layer is FfnLayer.demix else ["sparse"]
+
+
 def random_split_names(domains: Sequence[str]) -> list[str]:
     """Names of the random-split forest's ELMs: as many as there are domains."""
     return [f"random/{index}" for index in range(len(domains))]
@@ -150,6 +164,33 @@ def only_available(steps: Sequence[Step], finished: Sequence[str]) -> list[Step]
     names = {step.name for step in steps}
     done = set(finished)
     return [replace(step, needs=tuple(n for n in step.needs if n in names and n not in done)) for step in steps]
+
+
+def _sparse_training(given: PlanInput) -> list[Step]:
+    """One model takes the whole budget; the dense one beside it starts from scratch, too."""
+    updates = given.updates
+    names = ["sparse", *(["dense"] if given.config.baselines.dense else [])]
+    return [
+        Step(name="prepare", kind=StepKind.prepare, num_cpus=given.machine.num_cpus),
+        *(
+            _train_step(given, name, ("prepare",), updates.total, updates.batch_sequences, whole_machine=True)
+            for name in names
+        ),
+    ]
+
+
+def _sparse_evaluation(given: PlanInput) -> list[Step]:
+    config, count = given.config, len(given.evaluated)
+    names = sparse_score_names(config, given.domains)
+    # Where domains have experts of their own, dev documents give the prior over them.
+    splits = 2 * count if config.ffn.layer is FfnLayer.demix else count
+    steps = [_score_step(given, f"score/{name}", ("sparse",), splits) for name in names]
+    if config.baselines.dense:
+        steps.append(_score_step(given, "score/dense", ("dense",), count))
+    scores = tuple(step.name for step in steps)
+    steps.append(Step(name="evaluate", kind=StepKind.evaluate, needs=scores))
+    steps.append(Step(name="report", kind=StepKind.report, needs=("evaluate",)))
+    return steps
 
 
 def _elm_steps(given: PlanInput, domain: str) -> list[Step]:

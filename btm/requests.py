@@ -9,6 +9,7 @@ from pydantic import Field
 
 from btm.config_data import DataConfig, TokenizerConfig
 from btm.config_ensemble import EnsembleConfig, EvaluateConfig
+from btm.config_ffn import FfnConfig
 from btm.config_merge import MergeMethodName
 from btm.config_model import EngineConfig, ModelConfig
 from btm.config_train import TrainConfig
@@ -84,6 +85,10 @@ class TrainSpec(SpecModel):
     """Sequences per update over all processes."""
     tokenizer_dir: str
     model: ModelConfig
+    ffn: FfnConfig = FfnConfig()
+    """Expert layers that a dense start gets; a start that has some keeps its own."""
+    trainable_domain: str | None = None
+    """Train the experts of this domain alone, all else frozen (DEMix); null trains everything."""
     train: TrainConfig
     engine: EngineConfig
     seed: int = 0
@@ -114,6 +119,8 @@ class ScoreSpec(SpecModel):
     model_dir: str
     model_sha256: str
     """Of the weights, so that stale scores are recognised."""
+    expert: str | None = None
+    """Score the dense model of this domain (DEMix)."""
     sources: list[ScoreSource]
     output_dir: str
     sequence_length: int

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from btm.config_ffn import FfnConfig
 from btm.config_merge import MergeMethodName
 from btm.config_train import BranchOptimizer
 from btm.forest import Forest, weights_sha256
@@ -22,6 +23,7 @@ from btm.requests import (
     TrainSpec,
 )
 from btm.step_context import Context
+from btm.step_specs_sparse import scored_model, sparse_evaluate_spec
 
 
 def build_spec(step: Step, context: Context) -> SpecModel | None:
@@ -70,9 +72,11 @@ def _source(domain: str, split: str, context: Context, *, weight: float = 1.0, p
 def _train_spec(step: Step, context: Context) -> TrainSpec:
     config, updates = context.config, context.updates
     start = _start(step, context)
-    whole = step.name in ("seed", "dense")
+    whole = step.name in ("seed", "dense", "sparse")
     first, last, total = updates.seed, updates.total, updates.total
-    if step.name == "seed":
+    if config.ffn.is_sparse:
+        first = 0
+    elif step.name == "seed":
         first, last = 0, updates.seed
     elif start.kind == "weights":
         first, last, total = 0, updates.elm, max(1, updates.elm)
@@ -89,6 +93,7 @@ def _train_spec(step: Step, context: Context) -> TrainSpec:
         batch_sequences=updates.batch_sequences if whole else updates.elm_batch_sequences,
         tokenizer_dir=str(context.forest_dir / "tokenizer"),
         model=config.model,
+        ffn=config.ffn if step.name == "sparse" else FfnConfig(),
         train=config.train,
         engine=config.engine,
         seed=config.seed,
@@ -98,7 +103,7 @@ def _train_spec(step: Step, context: Context) -> TrainSpec:
 def _start(step: Step, context: Context) -> Start:
     """Where the weights come from; an optimizer that starts anew gets a schedule of its own."""
     config, name = context.config, step.name
-    if name == "seed":
+    if name == "seed" or config.ffn.is_sparse:
         return Start(kind="weights" if config.model.path else "scratch", path=config.model.path)
     domain = name.removeprefix("elm/") if name.startswith("elm/") else None
     if f"branch/{domain}" in step.needs:
@@ -113,7 +118,7 @@ def _start(step: Step, context: Context) -> Start:
 def _train_sources(name: str, context: Context) -> list[TokenSource]:
     data = context.config.data
     mixture = [_source(d, "train", context, weight=data.weights.get(d, 1.0)) for d in context.domains]
-    if name in ("seed", "dense"):
+    if name in ("seed", "dense", "sparse"):
         return mixture
     if name.startswith("random/"):
         names = random_split_names(context.domains)
@@ -158,7 +163,11 @@ def _score_spec(step: Step, context: Context) -> ScoreSpec:
     name = step.name.removeprefix("score/")
     everywhere = context.evaluated
     keys = [("test", domain) for domain in everywhere]
-    if name.startswith("branch/"):
+    expert = None
+    if config.ffn.is_sparse:
+        model_dir, sha256, expert = scored_model(name, context)
+        keys += [("dev", other) for other in everywhere] if expert else []
+    elif name.startswith("branch/"):
         _, domain, elm = name.split("/", 2)
         keys, model_dir, sha256 = [("dev", domain)], forest.directory(elm), weights_sha256(forest.elm(elm))
     elif name.startswith("elm/"):
@@ -181,6 +190,7 @@ def _score_spec(step: Step, context: Context) -> ScoreSpec:
         name=name,
         model_dir=str(model_dir),
         model_sha256=sha256,
+        expert=expert,
         sources=_score_sources(keys, context),
         output_dir=str(context.forest_dir / "scores" / name),
         sequence_length=config.evaluate.sequence_length or config.train.sequence_length,
@@ -224,6 +234,8 @@ def _merge_spec(step: Step, context: Context) -> MergeSpec:
 
 
 def _evaluate_spec(step: Step, context: Context) -> EvaluateSpec:
+    if context.config.ffn.is_sparse:
+        return sparse_evaluate_spec(context)
     config, forest = context.config, context.forest()
     scores = context.forest_dir / "scores"
     everywhere = context.evaluated

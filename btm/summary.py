@@ -53,6 +53,7 @@ def write_summary(forest_dir: Path, added: Sequence[str]) -> dict[str, Any]:
 def relations(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Expected orderings of perplexity averaged over the trained domains, each with both figures and the verdict."""
     claims = [
+        ("the sparse model beats the dense model of equal tokens", "sparse", "dense"),
         ("the ensemble beats the dense model of equal tokens", "ensemble/uniform", "dense"),
         ("ELMs of domains beat ELMs of a random split", "ensemble/uniform", "random_split/ensemble"),
         ("the posterior average beats the uniform average", "average/posterior", "average/uniform"),

@@ -31,11 +31,13 @@ class Batch:
         segments: With document packing the number of the document within its row, from 1, int32, of the same shape;
             0 is padding. None with blocks.
         domain_tokens: Domain -> targets that come from it.
+        domain: Number of each sequence's domain among the sampler's, int64 ``(sequences,)``; None where nobody asked.
     """
 
     tokens: np.ndarray
     segments: np.ndarray | None
     domain_tokens: dict[str, int]
+    domain: np.ndarray | None = None
 
     @property
     def inputs(self) -> np.ndarray:
@@ -46,6 +48,22 @@ class Batch:
     def input_segments(self) -> np.ndarray | None:
         """Segments of the tokens that the model reads, or None."""
         return None if self.segments is None else self.segments[:, :-1]
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens that the model reads, without padding."""
+        segments = self.input_segments
+        return self.inputs.size if segments is None else int((segments > 0).sum())
+
+    def part(self, rows: slice) -> "Batch":
+        """Some of the sequences; ``domain_tokens`` stays that of the whole batch."""
+        segments, domain = (None if array is None else array[rows] for array in (self.segments, self.domain))
+        return Batch(self.tokens[rows], segments, self.domain_tokens, domain)
+
+    def padding(self) -> "Batch":
+        """One sequence of nothing but padding."""
+        tokens, domain = self.tokens[:1], None if self.domain is None else self.domain[:1]
+        return Batch(tokens, np.zeros(tokens.shape, dtype=np.int32), {}, domain)
 
     @property
     def targets(self) -> np.ndarray:
@@ -69,6 +87,8 @@ class BatchSampler:
         packing: Packing | str = Packing.blocks,
         seed: int,
         eos_id: int,
+        domains: Sequence[str] | None = None,
+        is_balanced: bool = False,
     ) -> None:
         """Open the shards and plan the mixture.
 
@@ -79,9 +99,12 @@ class BatchSampler:
             packing: ``blocks`` or ``documents``.
             seed: Root of the order of documents.
             eos_id: End-of-text token, which stands before every document.
+            domains: Names in the order of the numbers in ``Batch.domain``; None takes them as they come.
+            is_balanced: Every update has equally many sequences of each source, whatever the weights.
 
         Raises:
-            DataError: If no source has weight, or a source has no documents.
+            DataError: If no source has weight, a source has no documents or a domain that is not in ``domains``, or a
+                balanced batch does not divide.
         """
         self.sequence_length = sequence_length
         self.batch_sequences = batch_sequences
@@ -89,7 +112,15 @@ class BatchSampler:
         if not active:
             raise DataError("no source of training data has a weight above 0; set data.weights")
         self._domains = [source.domain for source in active]
-        self._schedule = MixtureSchedule([source.weight for source in active])
+        self.domains = tuple(dict.fromkeys(self._domains) if domains is None else domains)
+        self._domain_ids = _domain_ids(self._domains, self.domains)
+        if is_balanced and batch_sequences % len(active):
+            raise DataError(
+                f"a batch of {batch_sequences} sequences does not divide among {len(active)} domains; make "
+                f"train.batch_tokens a multiple of {len(active)} * train.sequence_length"
+            )
+        # Equal weights give every source its turn once per cycle, so that whole cycles are balanced exactly.
+        self._schedule = MixtureSchedule([1.0 if is_balanced else source.weight for source in active])
         reader = BlockReader if Packing(packing) is Packing.blocks else DocumentReader
         self._readers = [
             reader(*open_source(source), key=_source_key(seed, active, index), length=sequence_length, eos_id=eos_id)
@@ -111,14 +142,13 @@ class BatchSampler:
             if segments is not None:
                 segments[rows] = drawn.segments
             domain_tokens[self._domains[index]] += drawn.num_targets
-        return Batch(tokens, segments, domain_tokens)
+        return Batch(tokens, segments, domain_tokens, self._domain_ids[source])
 
     @staticmethod
     def rows(batch: Batch, rank: int, world: int) -> Batch:
         """The contiguous rows of process ``rank`` among ``world``; ``domain_tokens`` stays that of the whole batch."""
         count = len(batch.tokens)
-        rows = slice(rank * count // world, (rank + 1) * count // world)
-        return Batch(batch.tokens[rows], None if batch.segments is None else batch.segments[rows], batch.domain_tokens)
+        return batch.part(slice(rank * count // world, (rank + 1) * count // world))
 
 
 def open_source(source: TokenSource) -> tuple[TokenShard, np.ndarray]:
@@ -152,6 +182,13 @@ def part_documents(num_documents: int, domain: str, part: Part | None) -> np.nda
         raise DataError(f"part {part.index} of {part.count} does not exist; parts are numbered from 0")
     draws = hash_positions(hash_text("part", domain), documents)
     return documents[draws % np.uint64(part.count) == np.uint64(part.index)]
+
+
+def _domain_ids(of_sources: Sequence[str], domains: Sequence[str]) -> np.ndarray:
+    unknown = sorted(set(of_sources) - set(domains))
+    if unknown:
+        raise DataError(f"domain {unknown[0]!r} is not among those of the model: {', '.join(domains)}")
+    return np.array([domains.index(name) for name in of_sources], dtype=np.int64)
 
 
 def _source_key(seed: int, sources: Sequence[TokenSource], index: int) -> int:

@@ -100,7 +100,8 @@ def _load(spec: ScoreSpec) -> "PreTrainedModel":
 
     from btm.model.causal_lm import load_model
 
-    model = load_model(spec.model_dir, torch.bfloat16 if spec.dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if spec.dtype == "bf16" else torch.float32
+    model = load_model(spec.model_dir, dtype, domain=spec.expert)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # pyright: ignore[reportArgumentType]
 
 

@@ -17,6 +17,8 @@ from btm.config_model import ModelConfig
 from btm.errors import CheckpointError
 from btm.files import directory_in_one_step, write_json
 from btm.model.architecture import transformers_config
+from btm.model.demix import dense_of_domain
+from btm.model.sparse_lm import inactive_matmul_weights, is_sparse_directory, read_sparse, sparsity_of, write_sparse
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -60,14 +62,21 @@ def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int, seed: int)
 
 
 def load_model(
-    directory: Path | str, dtype: torch.dtype = torch.float32, *, vocab_size: int | None = None
+    directory: Path | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    vocab_size: int | None = None,
+    domain: str | None = None,
 ) -> PreTrainedModel:
-    """Read a Hugging Face causal LM directory. Only safetensors are read, and no code of the directory runs.
+    """Read a causal LM: a Hugging Face directory, or a sparse model that :func:`save_model` wrote.
+
+    Only safetensors are read, and no code of the directory runs.
 
     Args:
         directory: Folder with ``config.json`` and ``model.safetensors`` (or its sharded form).
         dtype: Type of the weights in memory.
         vocab_size: Entries of the tokenizer that the model will be used with; the model must have at least as many.
+        domain: Of a DEMix model take the dense model with the experts of this domain.
 
     Returns:
         The model on the CPU, in evaluation mode.
@@ -75,9 +84,21 @@ def load_model(
     Raises:
         CheckpointError: If the directory is not such a folder, holds only pickles, needs code of its own, or its
             tensors do not fit its config or the tokenizer.
+        ConfigError: If ``domain`` is given and the model has no experts of it.
     """
     folder = Path(directory)
     _check_directory(folder)
+    model = read_sparse(folder, dtype) if is_sparse_directory(folder) else _read_transformers(folder, dtype)
+    own_size = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if vocab_size is not None and own_size < vocab_size:
+        raise CheckpointError(
+            f"{folder} has embeddings for {own_size} tokens, but the tokenizer has {vocab_size}; use the tokenizer "
+            f"that the model was trained with"
+        )
+    return model.eval() if domain is None else dense_of_domain(model, domain).eval()
+
+
+def _read_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with _without_progress_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -98,19 +119,13 @@ def load_model(
             f"an architecture that this transformers version knows"
         ) from error
     _check_loaded(folder, info)
-    own_size = model.get_input_embeddings().weight.shape[0]
-    if vocab_size is not None and own_size < vocab_size:
-        raise CheckpointError(
-            f"{folder} has embeddings for {own_size} tokens, but the tokenizer has {vocab_size}; use the tokenizer "
-            f"that the model was trained with"
-        )
-    return model.eval()
+    return model
 
 
 def save_model(
     model: PreTrainedModel, directory: Path | str, dtype: torch.dtype, tokenizer_dir: Path | str | None = None
 ) -> None:
-    """Write ``model`` as a Hugging Face directory that replaces ``directory`` in one step.
+    """Write ``model`` as a directory that replaces ``directory`` in one step; dense models as Hugging Face has them.
 
     The directory holds ``config.json``, one ``model.safetensors``, ``generation_config.json`` and the tokenizer's
     files; equal weights give equal bytes.
@@ -126,10 +141,13 @@ def save_model(
     """
     files = _tokenizer_files(Path(tokenizer_dir)) if tokenizer_dir is not None else []
     with directory_in_one_step(Path(directory)) as folder:
-        with _without_progress_bars():
-            model.save_pretrained(
-                folder, state_dict=_state_of_type(model, dtype), max_shard_size=_ONE_FILE, save_original_format=True
-            )
+        if sparsity_of(model) is not None:
+            write_sparse(model, folder, _state_of_type(model, dtype))
+        else:
+            with _without_progress_bars():
+                model.save_pretrained(
+                    folder, state_dict=_state_of_type(model, dtype), max_shard_size=_ONE_FILE, save_original_format=True
+                )
         config_path = folder / "config.json"
         config = json.loads(config_path.read_text(encoding="utf-8"))
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -147,9 +165,10 @@ def flops_per_token(model: PreTrainedModel | TransformersConfig, sequence_length
     """Training FLOPs (forward and backward) per token.
 
     ``6 * N + 12 * L * W * T``: N weights of matrices that multiply every token (all parameters with two or more
-    dimensions, without embedding tables, with the output head once even when it is tied), L layers, W heads times
-    head width, T the sequence length. The attention term counts the full T x T square, as is usual for reported
-    FLOPs (PaLM, appendix B, https://arxiv.org/abs/2204.02311), although causal attention needs only half of it.
+    dimensions, without embedding tables, with the output head once even when it is tied, and of experts only those
+    that a token meets), L layers, W heads times head width, T the sequence length. The attention term counts the full
+    T x T square, as is usual for reported FLOPs (PaLM, appendix B, https://arxiv.org/abs/2204.02311), although causal
+    attention needs only half of it.
 
     Args:
         model: A causal LM or its transformers config.
@@ -162,7 +181,7 @@ def flops_per_token(model: PreTrainedModel | TransformersConfig, sequence_length
     heads = config.num_attention_heads
     width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
     attention = 12 * config.num_hidden_layers * width * sequence_length
-    return 6.0 * _num_matmul_weights(model) + attention
+    return 6.0 * (_num_matmul_weights(model) - inactive_matmul_weights(model)) + attention
 
 
 def _num_matmul_weights(model: PreTrainedModel) -> int:

@@ -9,6 +9,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from btm.errors import ConfigError
+from btm.model.expert_pass import EXPERTS, ExpertPass
 from btm.model.linear_cross_entropy import linear_cross_entropy_rows, linear_cross_entropy_sum
 from btm.model.patches import SEGMENTS, carries_segments
 
@@ -44,6 +45,7 @@ def token_losses(
     inputs: torch.Tensor,
     targets: torch.Tensor,
     segments: torch.Tensor | None = None,
+    experts: ExpertPass | None = None,
 ) -> torch.Tensor:
     """Negative log-likelihood of every target, without gradients.
 
@@ -52,6 +54,7 @@ def token_losses(
         inputs: int64 [B, T] token ids.
         targets: int64 [B, T] next tokens; -100 is not scored.
         segments: [B, T] document number of each input; no attention crosses documents and positions restart.
+        experts: Labels for the expert layers of a sparse model, and their reports afterwards.
 
     Returns:
         fp32 [B, T] nats, 0 where the target is -100.
@@ -64,7 +67,7 @@ def token_losses(
         if head is None:
             rows = [_row_losses(model, inputs, targets, segments, row) for row in range(inputs.shape[0])]
             return torch.cat(rows)
-        hidden, kept = _hidden(model, inputs, targets, segments)
+        hidden, kept = _hidden(model, inputs, targets, segments, experts)
         losses = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
         losses[kept] = linear_cross_entropy_rows(hidden, head, targets[kept])
         return losses
@@ -75,6 +78,7 @@ def loss_sum(
     inputs: torch.Tensor,
     targets: torch.Tensor,
     segments: torch.Tensor | None = None,
+    experts: ExpertPass | None = None,
 ) -> torch.Tensor:
     """Sum of the negative log-likelihoods of all targets, with gradients.
 
@@ -83,6 +87,7 @@ def loss_sum(
         inputs: int64 [B, T] token ids.
         targets: int64 [B, T] next tokens; -100 is not counted.
         segments: [B, T] document number of each input; no attention crosses documents and positions restart.
+        experts: Labels for the expert layers of a sparse model, and their reports afterwards.
 
     Returns:
         fp32 scalar, nats.
@@ -93,7 +98,7 @@ def loss_sum(
     head = _linear_head(model)
     if head is None:
         return _nll(_logits(model, inputs, segments), targets).sum()
-    hidden, kept = _hidden(model, inputs, targets, segments)
+    hidden, kept = _hidden(model, inputs, targets, segments, experts)
     return linear_cross_entropy_sum(hidden, head, targets[kept])
 
 
@@ -106,16 +111,22 @@ def _linear_head(model: PreTrainedModel) -> torch.Tensor | None:
 
 
 def _hidden(
-    model: PreTrainedModel, inputs: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
+    model: PreTrainedModel,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    segments: torch.Tensor | None,
+    experts: ExpertPass | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [R, C] of the tokens that have a target, and the mask [B, T] of these."""
-    states = model.base_model(input_ids=inputs, use_cache=False, **_segment_arguments(model, segments))
+    # Expert layers need architectures of LINEAR_HEADS, so that no other path has to carry the pass.
+    labels = {} if experts is None else {EXPERTS: experts}
+    states = model.base_model(input_ids=inputs, use_cache=False, **_segment_arguments(model, segments), **labels)
     kept = targets != IGNORED
     hidden = states.last_hidden_state
     return (hidden.flatten(0, 1) if bool(kept.all()) else hidden[kept]), kept
 
 
-def _segment_arguments(model: PreTrainedModel, segments: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _segment_arguments(model: PreTrainedModel, segments: torch.Tensor | None) -> dict[str, Any]:
     if segments is None:
         return {}
     if "position_ids" not in inspect.signature(type(model).forward).parameters:

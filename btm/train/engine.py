@@ -1,6 +1,6 @@
 """What the training loop needs of the thing that runs forward, backward and the optimizer step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,16 @@ class Gradients:
     """Whether any rank was asked to stop."""
 
 
+@dataclass(frozen=True, slots=True)
+class DevLoss:
+    """What held-out documents gave, the same on every rank."""
+
+    loss: float
+    """Mean over all targets, nats."""
+    expert_counts: Mapping[int, Sequence[int]]
+    """Block -> tokens that each of its experts took; empty for dense models."""
+
+
 class Engine(Protocol):
     """Runs one model, on one process or several."""
 
@@ -42,7 +52,7 @@ class Engine(Protocol):
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs per token at the sequence length of the run."""
+        """Training FLOPs per token at the sequence length of the run; of experts only those that a token meets."""
         ...
 
     @property
@@ -64,8 +74,17 @@ class Engine(Protocol):
         """Clip the gradients and take one optimizer step; left out for an update that is skipped."""
         ...
 
-    def mean_loss(self, windows: Windows) -> float:
-        """Mean over all targets, nats, of held-out documents; every rank passes the same windows."""
+    def dev_loss(self, windows: Windows, domain_id: int | None = None) -> DevLoss:
+        """Score held-out documents; every rank passes the same windows.
+
+        Args:
+            windows: Of documents of one domain.
+            domain_id: Number of the domain for the expert layers of the model; None where the model does not know it.
+        """
+        ...
+
+    def expert_metrics(self) -> Mapping[str, float]:
+        """What the expert layers did in the last update, by metric name; every rank calls it. Empty for dense ones."""
         ...
 
     def tensor_files(self) -> TensorFiles:

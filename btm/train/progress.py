@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from btm.config_ffn import FfnLayer
 from btm.records import StoredModel
 from btm.requests import TrainSpec
 from btm.schema import Model
@@ -22,6 +23,8 @@ _FREE_KEYS = (
 )
 """What may differ between a checkpoint and the request that continues it: where files lie, and how a run is cut into
 files, passes and processes. None of it changes what is learnt beyond rounding."""
+_DIVISION_KEYS = ("train.micro_batch_sequences", "engine.num_processes")
+"""Of these, what decides which tokens meet in one pass."""
 
 
 class MetricWindow(Model):
@@ -70,11 +73,14 @@ def differences(stored: dict[str, Any], spec: TrainSpec) -> list[str]:
     return [
         f"{key}: {before.get(key, 'absent')!r} before, {asked.get(key, 'absent')!r} now"
         for key in sorted(asked.keys() | before.keys())
-        if not _is_free(key) and asked.get(key) != before.get(key)
+        if not _is_free(key, spec) and asked.get(key) != before.get(key)
     ]
 
 
-def _is_free(key: str) -> bool:
+def _is_free(key: str, spec: TrainSpec) -> bool:
+    # Layers that balance or limit loads look at all tokens of a pass.
+    if key in _DIVISION_KEYS and spec.ffn.layer not in (FfnLayer.dense, FfnLayer.demix):
+        return False
     return key in _FREE_KEYS or key.endswith(".prefix")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from btm.config_ffn import FfnLayer
 from btm.corpus.sampler import BatchSampler
 from btm.corpus.shards import TokenShard
 from btm.corpus.tokenizer import TextEncoder, tokenizer_sha256
@@ -13,6 +14,8 @@ from btm.corpus.windows import Windows, document_windows
 from btm.errors import CheckpointError
 from btm.files import read_json
 from btm.model.causal_lm import build_model, load_model
+from btm.model.demix import freeze_except
+from btm.model.sparse_lm import add_experts, sparsity_of
 from btm.requests import TrainSpec
 from btm.train.checkpoint import Checkpoint, CheckpointStore, verified
 from btm.train.engine import Engine
@@ -44,17 +47,11 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
     tokenizer = TextEncoder(spec.tokenizer_dir)
     eos_id, vocab_size = tokenizer.eos_id, tokenizer.vocab_size
     sha256 = tokenizer_sha256(Path(spec.tokenizer_dir))
-    sampler = BatchSampler(
-        spec.sources,
-        sequence_length=spec.train.sequence_length,
-        batch_sequences=spec.batch_sequences,
-        packing=spec.train.packing,
-        seed=spec.seed,
-        eos_id=eos_id,
-    )
+    model = _initial_model(spec, vocab_size, eos_id)
+    sampler = _make_sampler(spec, model, eos_id)
     store = CheckpointStore(output / _CHECKPOINTS, keep=spec.train.keep_checkpoints)
     own = _own_checkpoint(store, spec, sha256, ranks)
-    engine = _make_engine(spec, ranks, vocab_size, eos_id)
+    engine = TorchEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
     if own is not None:
         progress = _load(engine, own)
     elif spec.start.kind == "checkpoint":
@@ -160,16 +157,33 @@ def _branch(engine: Engine, spec: TrainSpec, sha256: str) -> Progress:
     return Progress(update=spec.first_update, num_optimizer_steps=loaded.num_optimizer_steps)
 
 
-def _make_engine(spec: TrainSpec, ranks: Ranks, vocab_size: int, eos_id: int) -> Engine:
-    model = _initial_model(spec, vocab_size, eos_id)
-    return TorchEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
+def _make_sampler(spec: TrainSpec, model: "PreTrainedModel", eos_id: int) -> BatchSampler:
+    sparsity = sparsity_of(model)
+    is_demix = sparsity is not None and sparsity.ffn.layer is FfnLayer.demix
+    return BatchSampler(
+        spec.sources,
+        sequence_length=spec.train.sequence_length,
+        batch_sequences=spec.batch_sequences,
+        packing=spec.train.packing,
+        seed=spec.seed,
+        eos_id=eos_id,
+        domains=sparsity.domains if sparsity is not None and sparsity.domains else None,
+        is_balanced=is_demix,
+    )
 
 
 def _initial_model(spec: TrainSpec, vocab_size: int, eos_id: int) -> "PreTrainedModel":
     directory = spec.start.path if spec.start.kind == "weights" else spec.model.path
     if directory:
-        return load_model(directory, vocab_size=vocab_size)
-    return build_model(spec.model, vocab_size=vocab_size, eos_id=eos_id, seed=spec.seed)
+        model = load_model(directory, vocab_size=vocab_size)
+    else:
+        model = build_model(spec.model, vocab_size=vocab_size, eos_id=eos_id, seed=spec.seed)
+    if sparsity_of(model) is None:
+        domains = list(dict.fromkeys(source.domain for source in spec.sources))
+        add_experts(model, spec.ffn, domains, seed=spec.seed, is_pretrained=bool(directory))
+    if spec.trainable_domain is not None:
+        freeze_except(model, spec.trainable_domain)
+    return model
 
 
 def _dev_windows(spec: TrainSpec, eos_id: int) -> dict[str, Windows]:

@@ -83,10 +83,17 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure the loss on the dev documents of each domain and write a row."""
         update = self.progress.update
-        losses = {domain: self._run.engine.mean_loss(windows) for domain, windows in self._run.dev.items()}
-        self._advance(dev_loss=losses, dev_update=update)
-        if losses:
-            self._append({f"eval/{domain}/loss": loss for domain, loss in losses.items()})
+        ids = {domain: number for number, domain in enumerate(self._run.sampler.domains)}
+        results = {
+            domain: self._run.engine.dev_loss(windows, ids.get(domain)) for domain, windows in self._run.dev.items()
+        }
+        self._advance(dev_loss={domain: result.loss for domain, result in results.items()}, dev_update=update)
+        if not results:
+            return
+        row: dict[str, Any] = {f"eval/{domain}/loss": result.loss for domain, result in results.items()}
+        for domain, result in results.items():
+            row |= {f"eval/{domain}/experts/{block}": counts for block, counts in result.expert_counts.items()}
+        self._append(row)
 
     def save(self) -> None:
         """Write a checkpoint of the update reached, unless there is one."""
@@ -167,6 +174,7 @@ class Trainer:
                 "train/flops_per_s": flops_per_s,
                 "train/peak_share": flops_per_s / self.progress.matmul_peak if self.progress.matmul_peak else None,
                 "train/skipped": self.progress.spikes.num_skipped,
+                **self._run.engine.expert_metrics(),
             }
         )
         self._advance(window=MetricWindow(), final_loss=self.progress.final_loss if mean is None else mean)
@@ -181,5 +189,6 @@ class Trainer:
         self.progress = self.progress.model_copy(update=changes)
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and abs(value) < float("inf") else None
+def _finite(value: Any) -> Any:
+    is_bad = isinstance(value, float) and not abs(value) < float("inf")
+    return None if is_bad else value

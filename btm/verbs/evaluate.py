@@ -18,17 +18,18 @@ def main(config: Config) -> None:
         ForestError: If the forest has no ELM yet.
     """
     console, forest = console_for(config), existing_forest(config)
-    if not forest.domains:
+    if not forest.domains and not config.ffn.is_sparse:
         raise ForestError(f"the forest {config.forest} has no ELM yet; `btm run` trains them, `btm add` adds one")
     originals, novel, later = domain_groups(config)
+    trained = originals if config.ffn.is_sparse else forest.domains
     prepared = Path(config.forest) / "corpus"
-    others = [name for name in (*originals, *novel, *later) if name not in forest.domains]
-    owned = [name for name in forest.domains if (prepared / name / "corpus.json").is_file()]
+    others = [name for name in (*originals, *novel, *later) if name not in trained]
+    owned = [name for name in trained if (prepared / name / "corpus.json").is_file()]
     config = _only_finished_baselines(config)
-    given = plan_input(config, forest.domains, [name for name in others if (prepared / name / "corpus.json").is_file()])
+    given = plan_input(config, trained, [name for name in others if (prepared / name / "corpus.json").is_file()])
     evaluated = [name for name in given.evaluated if name in owned or name in others]
     steps = [step for step in plan_evaluation(given) if _is_possible(step.name, evaluated)]
-    finished = ["seed", "dense", *(f"join/{name}" for name in forest.domains)]
+    finished = ["seed", "sparse", "dense", *(f"join/{name}" for name in forest.domains)]
     finished += [f"random/{index}" for index in range(len(originals))]
     context = make_context(config, owned, [name for name in evaluated if name not in owned])
     with Forest.lock(config.forest):

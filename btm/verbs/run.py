@@ -38,6 +38,8 @@ def main(config: Config) -> None:
         for table in plan_tables(steps, config, given):
             console.print(table)
         return
+    if config.ffn.is_sparse:
+        later = []  # nothing joins one model
     run_forest(config, steps, console)
     summary = write_summary(Path(config.forest), later)
     if later:
@@ -73,12 +75,13 @@ def run_forest(config: Config, steps: Sequence[Step], console: Console) -> None:
         if Forest.exists(forest_dir):
             Forest.open(forest_dir).clean()
         updates = divide_updates(config.train, len(domains))
+        phase = f" with ffn={config.ffn.layer}" if config.ffn.is_sparse else f" ({updates.seed} of them seed phase)"
         console.print(
-            f"{len(domains)} domains, {updates.total} updates ({updates.seed} of them seed phase), "
+            f"{len(domains)} domains, {updates.total} updates{phase}, "
             f"{updates.total * updates.batch_sequences * config.train.sequence_length:,} tokens in {forest_dir}"
         )
         execute(steps, make_context(config, domains, [*novel, *later]), console)
-        for domain in later:
+        for domain in later if not config.ffn.is_sparse else ():
             add_domain(config, domain, console, evaluation_name=f"evaluation-with-{domain}.json")
 
 

@@ -135,7 +135,7 @@ def test_mean_loss_counts_targets_and_leaves_training_alone():
     targets = np.random.default_rng(1).integers(1, VOCABULARY, size=(11, 12))
     targets[3, 5:] = -100
     empty = np.zeros(0)
-    loss = engine.mean_loss(Windows(inputs, targets, empty, empty, empty, empty, empty))
+    loss = engine.dev_loss(Windows(inputs, targets, empty, empty, empty, empty, empty)).loss
     logits = engine.model(input_ids=torch.from_numpy(inputs)).logits
     expected = functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).flatten())
     assert loss == pytest.approx(expected.item(), rel=1e-5)

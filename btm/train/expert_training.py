@@ -1,0 +1,166 @@
+"""What training adds for models with expert layers: labels, auxiliary losses, loads over processes, statistics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from btm.config_ffn import Balance, FfnConfig
+from btm.model.expert_block import expert_modules
+from btm.model.expert_pass import ExpertPass, LayerReport
+from btm.model.sparse_lm import sparsity_of
+from btm.train.ranks import Ranks
+from moe_kernels.experts import ExpertList
+from moe_kernels.losses import BalanceBuffer
+
+LOSSES = ("load_balance", "z", "auxiliary")
+_TOTALS = ("tokens", "dropped", "unrouted")
+
+
+def loss_weights(ffn: FfnConfig) -> dict[str, float]:
+    """Weight of each auxiliary loss."""
+    weights = (ffn.load_balance_weight, ffn.z_weight, ffn.auxiliary_weight)
+    return dict(zip(LOSSES, weights, strict=True))
+
+
+def expert_owners(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> expert, for experts that are modules of their own and may get no token in an update."""
+    owners = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ExpertList):
+            for number, expert in enumerate(module.experts):
+                owner = f"{path}.experts.{number}"
+                owners |= {f"{owner}.{name}": owner for name, _ in expert.named_parameters()}
+    return owners
+
+
+@dataclass
+class ExpertTraining:
+    """The expert layers of the model that an engine trains.
+
+    The engine sums losses over targets and divides by their number at the end. An auxiliary loss is a mean over the
+    tokens of one pass, so it enters with the pass's share of the tokens, counted in targets of the whole batch: the
+    total is then the mean over all passes of all processes, whatever their sizes.
+    """
+
+    model: nn.Module
+    ranks: Ranks
+    weights: Mapping[str, float]
+    needs_equal_passes: bool
+    """Whether the layers exchange something in their forward, so that all processes must run it equally often."""
+    _sums: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(model: nn.Module, ranks: Ranks) -> "ExpertTraining | None":
+        """The expert layers of ``model``; None for a dense one."""
+        sparsity = sparsity_of(model)
+        if sparsity is None:
+            return None
+        shared = ranks.size > 1 and sparsity.ffn.balance is Balance.globally
+        training = ExpertTraining(model, ranks, loss_weights(sparsity.ffn), shared)
+        if shared:
+            for buffer in training._buffers():
+                buffer.group = dist.group.WORLD
+        return training
+
+    def start_update(self) -> None:
+        """Forget the statistics of the update before."""
+        self._sums = {}
+
+    def loss(self, experts: ExpertPass, scale: float) -> torch.Tensor | None:
+        """Auxiliary losses of a pass in the scale of a sum over targets.
+
+        Args:
+            experts: After the forward.
+            scale: Targets that the pass stands for.
+
+        Returns:
+            Scalar with gradient; None where the layers have none.
+        """
+        for block, report in experts.reports.items():
+            self._add(block, report, scale)
+        loss = experts.loss(self.weights)
+        return None if loss is None else loss * scale
+
+    def end_pass(self) -> None:
+        """After the backward of a pass: its loads join those of the update."""
+        for buffer in self._buffers():
+            buffer.next_micro_batch()
+
+    def end_update(self) -> None:
+        """After the last backward: the next update starts from nothing."""
+        for buffer in self._buffers():
+            buffer.reset()
+
+    def metrics(self, num_targets: int) -> dict[str, float]:
+        """Statistics of the last update over all processes, by ``experts/<block>/<what>``.
+
+        ``load`` is the largest expert's over the mean (1 = balanced), ``dropped`` and ``unrouted`` are shares,
+        ``entropy`` is that of the load relative to a uniform one. Every process calls it.
+
+        Args:
+            num_targets: Targets of the update.
+        """
+        rows: dict[str, float] = {}
+        for block, sums in self._reduced().items():
+            counts, rest = sums[: -len(_TOTALS) - len(LOSSES)], sums[-len(_TOTALS) - len(LOSSES) :].tolist()
+            tokens, dropped, unrouted = rest[: len(_TOTALS)]
+            total = max(1.0, float(counts.sum()))
+            values = {
+                "load": float(counts.max()) * len(counts) / total,
+                "entropy": _relative_entropy(counts / total),
+                "dropped": dropped / max(1.0, total + dropped),
+                "unrouted": unrouted / max(1.0, tokens),
+            }
+            for name, value in zip(LOSSES, rest[len(_TOTALS) :], strict=True):
+                if value:
+                    values[name] = value / max(1, num_targets)
+            rows |= {f"experts/{block}/{what}": value for what, value in values.items()}
+        return rows
+
+    def counts(self, passes: list[ExpertPass]) -> dict[int, list[int]]:
+        """Tokens per expert of each layer in some passes of all processes. Every process calls it.
+
+        Args:
+            passes: After their forwards; a process may have none.
+        """
+        result = {}
+        for module in expert_modules(self.model):
+            experts = module.layer.get_submodule("experts")
+            total = torch.zeros(int(experts.num_experts), dtype=torch.float64, device=self.ranks.device)  # pyright: ignore[reportArgumentType]
+            for experts_pass in passes:
+                total += experts_pass.reports[module.block].statistics.counts_E
+            result[module.block] = [int(count) for count in self.ranks.sum_(total).tolist()]
+        return result
+
+    def _add(self, block: int, report: LayerReport, scale: float) -> None:
+        statistics = report.statistics
+        totals = (statistics.num_tokens, statistics.num_dropped, statistics.num_unrouted)
+        losses = [report.losses[name].detach().double() * scale if name in report.losses else 0.0 for name in LOSSES]
+        tail = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in (*totals, *losses)])
+        values = torch.cat([statistics.counts_E.double(), tail.to(statistics.counts_E.device)])
+        self._sums[block] = self._sums[block] + values if block in self._sums else values
+
+    def _reduced(self) -> dict[int, torch.Tensor]:
+        blocks = expert_modules(self.model)
+        sizes = [int(module.layer.get_submodule("experts").num_experts) for module in blocks]  # pyright: ignore[reportArgumentType]
+        width = len(_TOTALS) + len(LOSSES)
+        parts = [
+            self._sums.get(module.block, torch.zeros(size + width, dtype=torch.float64, device=self.ranks.device))
+            for module, size in zip(blocks, sizes, strict=True)
+        ]
+        total = self.ranks.sum_(torch.cat(parts)).cpu()
+        return dict(
+            zip([module.block for module in blocks], total.split([size + width for size in sizes]), strict=True)
+        )
+
+    def _buffers(self) -> list[BalanceBuffer]:
+        return [module for module in self.model.modules() if isinstance(module, BalanceBuffer)]
+
+
+def _relative_entropy(share: torch.Tensor) -> float:
+    if len(share) == 1:
+        return 1.0
+    return float(torch.special.entr(share).sum() / torch.log(torch.tensor(float(len(share)), dtype=torch.float64)))
