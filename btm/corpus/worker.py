@@ -5,6 +5,7 @@ Memory holds a few batches of text, whatever the size of the corpus. Finished do
 preparation goes on with the domain it was at.
 """
 
+import contextlib
 import errno
 import os
 import shutil
@@ -53,6 +54,10 @@ class _Pending:
     warnings: list[str]
 
 
+class _TooLittleTextError(Exception):
+    """Keeps a domain from being published; :func:`check_sizes` says what all domains lack together."""
+
+
 class Preparation:
     """One run of a :class:`btm.requests.PrepareSpec`; use :func:`prepare`."""
 
@@ -78,7 +83,8 @@ class Preparation:
         self._ensure_tokenizer()
         encoder, digest = TextEncoder(self.tokenizer_dir), tokenizer_sha256(self.tokenizer_dir)
         for pending in self.pending.values():
-            self._encode(pending, encoder, digest)
+            with contextlib.suppress(_TooLittleTextError):
+                self._encode(pending, encoder, digest)
         shutil.rmtree(self.output / _SURVEY_DIR, ignore_errors=True)
         infos = {source.domain: self.infos[source.domain] for source in self.sources}
         check_sizes(self.sources, infos, self.spec.data.min_train_tokens)
@@ -193,7 +199,9 @@ class Preparation:
             keep_documents(self.output / _SURVEY_DIR / source.domain, temporary)
             record = Provenance(settings, pending.checked_against, pending.warnings)
             write_records(temporary, info, pending.fates, record)
-        self.infos[source.domain] = info
+            self.infos[source.domain] = info
+            if size_problems(source, info, data.min_train_tokens):
+                raise _TooLittleTextError
 
 
 def prepare(spec: PrepareSpec, progress: ProgressLine | None = None) -> PrepareResult:
@@ -218,22 +226,26 @@ def check_sizes(sources: Sequence[DomainSource], infos: dict[str, DomainInfo], m
     Raises:
         DataError: If there are any.
     """
-    problems: list[str] = []
-    for source in sources:
-        splits = infos[source.domain].splits
-        if source.role != "novel" and splits["train"].tokens < min_train_tokens:
-            problems.append(
-                f"domain {source.domain} has {splits['train'].tokens:,} training tokens, needs at least "
-                f"{min_train_tokens:,}; give it more text, or lower data.min_train_tokens"
-            )
-        problems += [
-            f"domain {source.domain} has no {split} documents among {sum(s.documents for s in splits.values()):,}; "
-            f"give it more and shorter documents, or raise data.{split}_fraction"
-            for split in ("dev", "test")
-            if not splits[split].documents
-        ]
+    problems = [line for source in sources for line in size_problems(source, infos[source.domain], min_train_tokens)]
     if problems:
         raise DataError("\n".join(problems))
+
+
+def size_problems(source: DomainSource, info: DomainInfo, min_train_tokens: int) -> list[str]:
+    """Say what a prepared domain has too little of; empty when it can be trained on and evaluated."""
+    problems, splits = [], info.splits
+    if source.role != "novel" and splits["train"].tokens < min_train_tokens:
+        problems.append(
+            f"domain {source.domain} has {splits['train'].tokens:,} training tokens, needs at least "
+            f"{min_train_tokens:,}; give it more text, or lower data.min_train_tokens"
+        )
+    problems += [
+        f"domain {source.domain} has no {split} documents among {sum(s.documents for s in splits.values()):,}; "
+        f"give it more and shorter documents, or raise data.{split}_fraction"
+        for split in ("dev", "test")
+        if not splits[split].documents
+    ]
+    return problems
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from btm.forest import Forest
 from tests.integration.bad_input_cases import CONFIGS, DATA, REQUESTS, Case
 from tests.integration.hostile_cases import DAMAGES, MODELS
 
-LEFTOVERS = ("forest/runs/prepare/bad/", "forest/corpus/bad/", "forest/corpus/.survey/bad/")
+LEFTOVERS = ("forest/runs/prepare/bad/", "forest/corpus/.survey/bad/")
 """What a failed preparation may leave for the next attempt."""
 
 

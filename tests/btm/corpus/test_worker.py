@@ -254,10 +254,21 @@ def test_too_little_text_says_how_much_is_needed(tmp_path, two):
     assert "domain law has " in message
     assert "domain med has " in message
     assert message.count("training tokens, needs at least 50,000") == 2
+    assert list((tmp_path / "corpus").glob("*/corpus.json")) == [], "a domain that cannot be used is not prepared"
     write_lines(tmp_path / "text" / "med.jsonl", prose("med", 2))
     assert "domain med has no dev documents among 2" in said(tmp_path, spec_of(tmp_path, two), code=1)
     write_lines(tmp_path / "text" / "med.jsonl", prose("med"))
     assert "train" in said(tmp_path, spec_of(tmp_path, two))
+
+
+def test_too_little_text_of_one_domain_keeps_the_work_on_the_others(tmp_path, two):
+    write_lines(tmp_path / "text" / "med.jsonl", prose("med", 2))
+    said(tmp_path, spec_of(tmp_path, two), code=1)
+    assert [path.parent.name for path in (tmp_path / "corpus").glob("*/corpus.json")] == ["law"]
+    kept = stamps(tmp_path / "corpus" / "law")
+    write_lines(tmp_path / "text" / "med.jsonl", prose("med"))
+    said(tmp_path, spec_of(tmp_path, two))
+    assert stamps(tmp_path / "corpus" / "law") == kept
 
 
 def test_all_paths_are_checked_before_any_work(tmp_path, two):
