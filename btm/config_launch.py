@@ -27,7 +27,7 @@ class LaunchConfig(Model):
     num_groups: int | None = Field(default=None, ge=1)
     """ELMs that train at the same time; null is as many as the machine or cluster holds."""
     max_restarts: int = Field(default=2, ge=0)
-    """Restarts of a task that died."""
+    """Restarts of a task that died; one that was asked to stop and has left a new checkpoint does not count."""
     ray_address: str | None = None
     """Address of an existing Ray cluster; null starts a private one on this machine."""
     ray_dashboard: bool = False

@@ -19,7 +19,7 @@ from btm.plan import Step, StepKind
 from btm.requests import SpecModel
 from btm.step_context import Context
 from btm.step_specs import build_spec
-from btm.steps import MODULES, is_finished, register
+from btm.steps import EXIT_PREEMPTED, MODULES, is_finished, register
 from btm.tracking import Tracker
 from launch.logs import end_of_log
 from launch.task import Executor, State, Status, Task
@@ -42,6 +42,10 @@ class StepState:
     """waiting, queued, running, restarting, done, failed or skipped."""
     spec: SpecModel | None = None
     restarts: int = 0
+    log_start: int = 0
+    """Bytes of the log before the present attempt."""
+    checkpoints: frozenset[str] = frozenset()
+    """Checkpoints before the present attempt."""
     reason: str = ""
     was_there: bool = False
     """Finished by an earlier run."""
@@ -148,6 +152,8 @@ class Orchestrator:
             register(step, self._context)
             return True
         task = make_task(step, state.spec, self._context)
+        state.log_start = task.log_path.stat().st_size if task.log_path.is_file() else 0
+        state.checkpoints = self._context.checkpoints(step.name)
         self._executor.submit(task)
         if step.kind is StepKind.train:
             tracker.follow(step.name, self._metrics_path(step), config=_tracked_config(state.spec))
@@ -162,9 +168,13 @@ class Orchestrator:
                 register(state.step, self._context)
                 state.state = "done"
                 return
-        log = self._context.run_dir(state.step.name) / "log.txt"
-        state.reason = f"{_reason(status)}\n{end_of_log(log, _LOG_LINES)}"
-        if state.restarts < self._context.config.launch.max_restarts and not _is_final_failure(status):
+        log = self._context.log(state.step.name)
+        state.reason = f"{_reason(status)}\n{end_of_log(log, _LOG_LINES, start=state.log_start)}"
+        if status.exit_code == EXIT_PREEMPTED and self._context.checkpoints(state.step.name) != state.checkpoints:
+            # It was asked to make room and has got on meanwhile, which no limit of failures should count.
+            state.state = "restarting"
+            self._display.log(f"{state.step.name}: stopped on request; goes on from its checkpoint")
+        elif state.restarts < self._context.config.launch.max_restarts and not _is_final_failure(status):
             state.restarts += 1
             state.state = "restarting"
             self._display.log(f"{state.step.name}: {_reason(status)}; restart {state.restarts} from its checkpoint")
@@ -248,7 +258,7 @@ def make_task(step: Step, spec: SpecModel | None, context: Context) -> Task:
         name=step.name,
         module=MODULES[step.kind],
         arguments=arguments,
-        log_path=directory / "log.txt",
+        log_path=context.log(step.name),
         num_processes=step.num_processes,
         num_cpus=step.num_cpus,
         num_gpus=step.num_gpus,

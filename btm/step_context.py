@@ -30,6 +30,14 @@ class Context:
         """Directory of a step."""
         return self.forest_dir / "runs" / name
 
+    def log(self, name: str) -> Path:
+        """Output of all attempts at a step, one after the other."""
+        return self.run_dir(name) / "log.txt"
+
+    def checkpoints(self, name: str) -> frozenset[str]:
+        """Names of the training checkpoints of a step."""
+        return frozenset(path.name for path in (self.run_dir(name) / "checkpoints").glob("step-*"))
+
     def corpus(self, domain: str, split: str) -> str:
         """Prefix of a token shard."""
         return str(self.forest_dir / "corpus" / domain / split)

@@ -21,6 +21,9 @@ MODULES = {
 }
 """Kind of step -> module that runs it as ``python -m <module> <spec.json>``; ``join`` is done by the driver."""
 
+EXIT_PREEMPTED = 143
+"""Exit code (128 + TERM) of a training worker that was asked to stop and has written a checkpoint."""
+
 
 def is_finished(step: Step, spec: SpecModel | None, context: Context) -> bool:
     """Whether the result of ``step`` is there and answers exactly ``spec``."""

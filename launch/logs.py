@@ -9,7 +9,7 @@ _MAX_LINE_CHARACTERS = 500
 _ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])")
 
 
-def end_of_log(path: Path, lines: int = 20) -> str:
+def end_of_log(path: Path, lines: int = 20, *, start: int = 0) -> str:
     """Last lines of a log that are not blank.
 
     Terminal escape sequences and control characters are removed (a log may hold anything), of a line that a progress
@@ -18,11 +18,12 @@ def end_of_log(path: Path, lines: int = 20) -> str:
     Args:
         path: The log; a missing or unreadable one gives the empty text.
         lines: Most lines to return.
+        start: Bytes to pass over, for example what an earlier attempt has written.
     """
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
+            file.seek(max(0, start, size - _TAIL_BYTES))
             data = file.read(_TAIL_BYTES)
     except OSError:
         return ""

@@ -16,6 +16,14 @@ def test_last_lines_without_blank_ones(tmp_path):
     assert end_of_log(path, 0) == ""
 
 
+def test_what_came_before_the_start_is_passed_over(tmp_path):
+    path = write(tmp_path, b"first attempt\nsecond attempt\nits end\n")
+    assert end_of_log(path, start=len(b"first attempt\n")) == "second attempt\nits end"
+    assert end_of_log(path, 1, start=len(b"first attempt\n")) == "its end"
+    assert end_of_log(path, start=path.stat().st_size) == ""
+    assert end_of_log(path, start=1 << 20) == ""
+
+
 @pytest.mark.parametrize(
     ("data", "shown"),
     [
