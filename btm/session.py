@@ -24,6 +24,8 @@ from launch.task import Executor
 
 _PRELOAD = ("torch", "transformers", "btm.train.worker", "btm.evaluate.score")
 """Imported once by the fork server; every step then starts in milliseconds."""
+_COMMON_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox", "opt", "phi")
+"""Need no question to transformers, which takes seconds to load."""
 _FREE_KEYS = ("dry_run", "allow_config_change", "domain", "json", "launch", "tracking", "merge", "ensemble", "evaluate")
 _FREE_KEYS += ("generate", "branch", "baselines", "forest")
 """Parts of the configuration that may change between two runs on one forest."""
@@ -70,7 +72,12 @@ def machine(config: Config) -> Machine:
 
 
 def plan_input(config: Config, domains: Sequence[str], novel: Sequence[str]) -> PlanInput:
-    """Everything that the plan depends on."""
+    """Everything that the plan depends on.
+
+    Raises:
+        ConfigError: If the machine is too small, or transformers has no such architecture.
+    """
+    check_architecture(config)
     return PlanInput(
         config=config,
         machine=machine(config),
@@ -78,6 +85,19 @@ def plan_input(config: Config, domains: Sequence[str], novel: Sequence[str]) -> 
         domains=domains,
         novel=novel,
     )
+
+
+def check_architecture(config: Config) -> None:
+    """Ask transformers about an uncommon ``model.arch`` before anything runs.
+
+    Raises:
+        ConfigError: If transformers does not know it (naming the nearest), or it does not take the sizes.
+    """
+    if config.model.path or config.model.arch in _COMMON_ARCHITECTURES:
+        return
+    from btm.model.architecture import transformers_config
+
+    transformers_config(config.model, vocab_size=config.tokenizer.vocab_size, eos_id=0)
 
 
 def make_context(config: Config, domains: Sequence[str], novel: Sequence[str], **more: Any) -> Context:

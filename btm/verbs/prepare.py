@@ -14,11 +14,11 @@ def main(config: Config) -> None:
     """Prepare every domain of the configuration."""
     console = console_for(config)
     domains, novel, later = domain_groups(config)
+    steps = plan_run(plan_input(config, domains, [*novel, *later]))[:1]
     check_writable(Path(config.forest))
     Path(config.forest).mkdir(parents=True, exist_ok=True)
     with Forest.lock(config.forest):
         store_config(config)
-        steps = plan_run(plan_input(config, domains, [*novel, *later]))[:1]
         execute(steps, make_context(config, domains, [*novel, *later]), console)
     result = PrepareResult.load(Path(config.forest) / "corpus" / "prepare.json")
     headings = ("domain", "train tokens", "dev tokens", "test tokens", "documents", "duplicates", "broken")

@@ -42,6 +42,12 @@ CONFIGS = [
     config("unknown-group-option", "run model=lama_4m", "did you mean 'llama_4m'?"),
     config("unknown-executor", "run launch.executor=slurm", "must be 'local' or 'ray', got 'slurm'"),
     config("unknown-tracker", "run tracking.name=wandd", "must be 'none' or 'wandb'"),
+    config(
+        "unknown-architecture",
+        "run model.arch=lama data.domains.a=x dry_run=true",
+        "model.arch='lama' is not a causal LM",
+    ),
+    config("unknown-architecture-for-prepare", "prepare model.arch=lama data.domains.a=x", "did you mean llama"),
     config("negative", "run train.lr=-1", "train.lr must be greater than 0, got -1"),
     config("infinite", "run train.lr=inf data.domains.a=x dry_run=true", "train.lr must be a finite number, got inf"),
     config("not-a-number", "run train.lr=nan data.domains.a=x dry_run=true", "train.lr must be a finite number"),
