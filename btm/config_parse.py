@@ -16,8 +16,7 @@ from btm.config_merge import MergeMethodName
 from btm.config_train import BranchOptimizer, BranchSource
 from btm.errors import ConfigError
 from btm.files import name_problem
-
-_SECRET_WORDS = ("api_key", "apikey", "password", "secret", "auth_token", "access_token")
+from btm.redaction import names_secret
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
@@ -163,7 +162,7 @@ def _other_problems(config: Config) -> list[str]:
             f"got {config.launch.cpus_per_elm}"
         )
     for key in model.extra:
-        if any(word in key.lower() for word in _SECRET_WORDS):
+        if names_secret(key):
             problems.append(f"model.extra.{key} looks like a secret; secrets come from the environment only")
     return problems
 

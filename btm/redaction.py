@@ -11,11 +11,16 @@ _SHORTEST_SECRET = 8
 _REDACTED = "[redacted]"
 
 
+def names_secret(key: str) -> bool:
+    """Whether ``key`` is named like something that must not be in a file (``api_key``, ``auth_token``)."""
+    return _SECRET_NAME.search(key) is not None
+
+
 def redact(value: Any) -> Any:
     """Copy of a JSON value without secrets: keys named like one, and texts that hold a secret of the environment."""
     if isinstance(value, Mapping):
         return {
-            key: _REDACTED if _SECRET_NAME.search(str(key)) and isinstance(item, str) else redact(item)
+            key: _REDACTED if names_secret(str(key)) and isinstance(item, str) else redact(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):

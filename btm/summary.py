@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from btm.files import write_json
 from btm.forest import Forest, file_hashes
 from btm.records import Evaluation
+from btm.tables import mean_perplexity
 
 _ADDED_ROW = "ensemble/cached"
 
@@ -61,15 +61,10 @@ def relations(evaluation: Evaluation) -> list[dict[str, Any]]:
     found = []
     for claim, left, right in claims:
         if left in evaluation.models and right in evaluation.models:
-            a, b = mean_perplexity(evaluation, left), mean_perplexity(evaluation, right)
-            found.append({"claim": claim, "left": a, "right": b, "holds": a < b})
+            a, b = (mean_perplexity(evaluation.models[name], evaluation.domains) for name in (left, right))
+            if a is not None and b is not None:
+                found.append({"claim": claim, "left": a, "right": b, "holds": a < b})
     return found
-
-
-def mean_perplexity(evaluation: Evaluation, model: str) -> float:
-    """Perplexity of ``model`` averaged over the trained domains."""
-    scores = evaluation.models[model].domains
-    return fmean(scores[domain].perplexity for domain in evaluation.domains if domain in scores)
 
 
 def _added_domain(forest_dir: Path, before: Evaluation, domain: str) -> dict[str, Any]:
