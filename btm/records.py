@@ -137,6 +137,7 @@ class ElmRecord(Model):
     ancestors: list[str] = []
     """Every ELM whose weights went, directly or not, into the branch."""
     ledger: Ledger
+    """What this forest spent on it: nothing for an imported model, whose own cost nobody recorded."""
     data_fingerprint: str
     files: dict[str, str]
     """File name -> SHA-256."""

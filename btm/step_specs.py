@@ -271,9 +271,12 @@ def _evaluate_spec(step: Step, context: Context) -> EvaluateSpec:
 def _ledgers(context: Context, forest: Forest, random: list[str]) -> dict[str, Ledger]:
     """Cost of each row, the seed phase included in everything that was branched from it."""
     seed = forest.manifest.seed.ledger if forest.manifest.seed else Ledger()
-    own = {f"elm/{record.domain}": record.ledger for record in forest.manifest.elms}
-    ledgers = {"seed": seed} | {name: seed + ledger for name, ledger in own.items()}
-    total = sum(own.values(), start=seed)
+    ledgers = {"seed": seed} | {
+        # An imported model has not been branched from the seed.
+        f"elm/{record.domain}": record.ledger if record.origin == "imported" else seed + record.ledger
+        for record in forest.manifest.elms
+    }
+    total = sum((record.ledger for record in forest.manifest.elms), start=seed)
     for row in ("average/uniform", "average/posterior", "ensemble"):
         ledgers[row] = total
     if context.config.baselines.dense:

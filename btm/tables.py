@@ -177,7 +177,7 @@ def forest_table(manifest: ForestManifest) -> RenderableType:
             Text(plain("seed" if record is manifest.seed else record.domain)),
             Text(parents_text(record)),
             format_count(record.num_parameters),
-            format_count(record.ledger.tokens),
+            "-" if record.origin == "imported" else format_count(record.ledger.tokens),
             "-" if loss is None else f"{loss:.3f}",
             record.origin,
             Text(plain(record.created[:16].replace("T", " "))),
@@ -195,6 +195,16 @@ def parents_text(record: ElmRecord, *, at_most: int = 4) -> str:
     return " + ".join([*shown, *more]) or "-"
 
 
+def _cost_facts(record: ElmRecord) -> dict[str, object]:
+    if record.origin == "imported":
+        return {"training": "elsewhere, at a cost not recorded"}
+    return {
+        "tokens read": f"{record.ledger.tokens:,}",
+        "FLOPs": f"{record.ledger.flops:.3g}",
+        "training time": format_duration(record.ledger.seconds),
+    }
+
+
 def elm_table(record: ElmRecord) -> RenderableType:
     """Everything that the forest knows of one ELM."""
     facts: dict[str, object] = {
@@ -205,9 +215,7 @@ def elm_table(record: ElmRecord) -> RenderableType:
         "origin": record.origin,
         "joined (UTC)": record.created,
         "parameters": f"{record.num_parameters:,}",
-        "tokens read": f"{record.ledger.tokens:,}",
-        "FLOPs": f"{record.ledger.flops:.3g}",
-        "training time": format_duration(record.ledger.seconds),
+        **_cost_facts(record),
         "data fingerprint": record.data_fingerprint,
     }
     parts = [key_value_table(facts)]

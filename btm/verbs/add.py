@@ -71,7 +71,7 @@ def import_model(config: Config, domain: str) -> None:
         ForestError: If it has another tokenizer or no safetensors weights.
     """
     forest, source = existing_forest(config), Path(str(config.model.path))
-    check_importable(forest, source)
+    num_parameters = check_importable(forest, source)
     record = ElmRecord(
         domain=domain,
         directory="",
@@ -79,15 +79,18 @@ def import_model(config: Config, domain: str) -> None:
         ledger=Ledger(),
         data_fingerprint="-",
         files={},
-        num_parameters=0,
+        num_parameters=num_parameters,
         origin="imported",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     forest.join(record, source)
 
 
-def check_importable(forest: Forest, source: Path) -> None:
+def check_importable(forest: Forest, source: Path) -> int:
     """Refuse a model that cannot live in the forest.
+
+    Returns:
+        Its number of weights.
 
     Raises:
         ForestError: If it is not a model directory, would need pickles, has another tokenizer, or values that are not
@@ -108,12 +111,13 @@ def check_importable(forest: Forest, source: Path) -> None:
     open_model(source.name, source)
     import torch
 
-    from btm.model.causal_lm import load_model
+    from btm.model.causal_lm import load_model, num_parameters
 
     model = load_model(source, torch.bfloat16, vocab_size=forest.manifest.vocab_size)
     for name, weights in model.named_parameters():
         if not bool(torch.isfinite(weights).all()):
             raise ForestError(f"{source}: {name} holds values that are not finite; export the model again")
+    return num_parameters(model)
 
 
 def _was_seed_path(config: Config) -> bool:

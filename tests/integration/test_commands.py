@@ -108,7 +108,12 @@ def test_an_existing_model_joins_and_another_tokenizer_does_not(own_forest, tmp_
     model = tmp_path / "model"
     shutil.copytree(own_forest / "elms/docs", model)
     run_btm("add", f"forest={own_forest}", "domain=guest", f"model.path={model}", cwd=own_forest)
-    assert Forest.open(own_forest).elm("guest").origin == "imported"
+    guest, original = (Forest.open(own_forest).elm(name) for name in ("guest", "docs"))
+    assert guest.origin == "imported"
+    assert guest.num_parameters == original.num_parameters > 0
+    shown = run_btm("inspect", f"forest={own_forest}", "domain=guest", cwd=own_forest).stdout
+    assert f"{guest.num_parameters:,}" in shown
+    assert "elsewhere" in shown
     (model / "tokenizer.json").write_text("{}")
     done = run_btm("add", f"forest={own_forest}", "domain=other", f"model.path={model}", cwd=own_forest, check=False)
     assert done.returncode == 1
