@@ -7,6 +7,7 @@ threads all the same, children get fresh interpreters instead. When the client's
 gone, it kills every child with all of its process group and ends; when it is killed itself, a guard does that.
 """
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -234,7 +235,15 @@ def run_child(spec: ProcessSpec) -> None:
         stream.reconfigure(line_buffering=True, write_through=False)  # pyright: ignore[reportAttributeAccessIssue]
     _refresh_libraries(spec.num_threads)
     sys.argv = [spec.module, *spec.arguments]
+    atexit.register(_end_log)  # the first to be registered is the last to be called
     runpy.run_module(spec.module, run_name="__main__", alter_sys=True)
+
+
+def _end_log() -> None:
+    # Libraries list what they leak when the interpreter is gone (nanobind does, for triton): dozens of lines after the
+    # one that says why a task failed, and the end of a log is what people are shown.
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _refresh_libraries(num_threads: int) -> None:

@@ -86,3 +86,10 @@ def test_files_in_the_working_directory_do_not_hide_installed_modules(tmp_path, 
         executor.submit(program(tmp_path, "fresh", module="import_program", env={"PYTHONHASHSEED": "0"}))
         statuses = finish(executor)
     assert {status.state for status in statuses.values()} == {State.succeeded}
+
+
+def test_a_log_ends_with_the_error_and_not_with_what_libraries_say_after_it(tmp_path):
+    with LocalExecutor() as executor:
+        executor.submit(program(tmp_path, "leaky", "leak", "the real reason"))
+        assert finish(executor)["leaky"].exit_code == 1
+    assert (tmp_path / "leaky.log").read_text().splitlines()[-1] == "RuntimeError: the real reason"

@@ -1,5 +1,6 @@
 """What the tasks of the tests do; the first argument says which."""
 
+import ctypes
 import json
 import os
 import signal
@@ -49,6 +50,15 @@ def fail(text: str) -> None:
     raise RuntimeError(text)
 
 
+def leak(text: str) -> None:
+    """Fail, and let the C library write after the interpreter has ended."""
+    libc = ctypes.CDLL(None)
+    stream = ctypes.c_void_p.in_dll(libc, "stderr")
+    libc.setvbuf(stream, None, 0, 4096)
+    libc.fputs(b"leaked 514 functions!\n", stream)
+    fail(text)
+
+
 def tree(path: str) -> None:
     """Start a helper and wait with it."""
     helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
@@ -91,6 +101,7 @@ ACTIONS = {
     "exit": lambda code: sys.exit(int(code)),
     "raise": fail,
     "signal": lambda number: os.kill(os.getpid(), int(number)),
+    "leak": leak,
     "tree": tree,
     "stubborn": stubborn,
     "one fails": one_fails,
