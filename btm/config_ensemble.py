@@ -65,7 +65,11 @@ class GenerateConfig(Model):
     """How ``btm generate`` continues a prompt."""
 
     prompt: str = ""
-    """Text to continue."""
+    """Text to continue; in a forest with pictures ``<image>`` at its end asks for one."""
+    image: str | None = None
+    """Picture that stands before the prompt, in a forest with pictures."""
+    image_directory: str | None = None
+    """Where pictures of the answer are written as PNG files; null is ``<forest>/generated``."""
     model: str = "ensemble"
     """``ensemble``, ``seed``, ``elm/<domain>`` or a model directory."""
     max_new_tokens: int = Field(default=64, ge=1)

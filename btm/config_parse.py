@@ -80,6 +80,12 @@ def _data_problems(config: Config) -> list[str]:
         problems.append(
             f"data.dev_fraction + data.test_fraction must stay below 0.9, got {data.dev_fraction + data.test_fraction}"
         )
+    named = {*data.domains, *data.novel, *data.add_later, config.domain}
+    if (data.domains or config.domain) and (strange := sorted(set(data.images) - named)):
+        problems.append(f"data.images names unknown domains {strange}; known: {sorted(filter(None, named))}")
+    size, patch = config.tokenizer.image_size, config.tokenizer.image_patch
+    if size % patch:
+        problems.append(f"tokenizer.image_size must be a multiple of tokenizer.image_patch ({patch}), got {size}")
     if data.domains and (unknown := sorted(set(data.weights) - set(data.domains))):
         problems.append(f"data.weights names unknown domains {unknown}; known: {sorted(data.domains)}")
     problems += [

@@ -19,6 +19,9 @@ import numpy as np
 from btm.config_data import OnError
 from btm.corpus.dedup import DocumentSet, Fate, decide_fates
 from btm.corpus.encode import encode_domain, surveyed_texts
+from btm.corpus.images.corpus import ImageCorpus, check_codes
+from btm.corpus.images.marks import plain
+from btm.corpus.images.sources import ImageSource, with_images
 from btm.corpus.prepared import (
     Provenance,
     documents_sha256,
@@ -67,7 +70,8 @@ class Preparation:
         self.tokenizer_dir = Path(spec.tokenizer_dir)
         self.progress = progress
         self.warnings: list[str] = []
-        self.sources = find_sources(spec.data)
+        self.sources = with_images(find_sources(spec.data), spec.data)
+        self.images = ImageCorpus(self.output, self.tokenizer_dir)
         self.infos: dict[str, DomainInfo] = {}
         self.known: dict[str, DocumentSet] = {}
         self.pending: dict[str, _Pending] = {}
@@ -129,7 +133,7 @@ class Preparation:
     ) -> tuple[np.ndarray, list[str]]:
         data = self.spec.data
         decision = decide_fates(
-            survey.documents,
+            self.images.note(source, data, survey),
             others,
             near_duplicate_threshold=data.near_duplicate_threshold,
             **source.split_fractions(data),
@@ -143,26 +147,39 @@ class Preparation:
                     f"data.on_error=skip drop them from {source.domain}"
                 )
             warnings.append(f"{message}; dropped from {source.domain}")
-        return decision.fates, warnings
+        return self.images.drop_shared(source.domain, decision.fates, others), warnings
 
     def _ensure_tokenizer(self) -> None:
         spec = self.spec
+        pictured = [source.domain for source in self.sources if isinstance(source, ImageSource)]
         if (self.tokenizer_dir / "tokenizer.json").is_file():
+            check_codes(self.tokenizer_dir, pictured)
             return
-        source = spec.tokenizer.path or spec.pretrained_dir
+        source, directory = spec.tokenizer.path or spec.pretrained_dir, self.tokenizer_dir
+        if pictured:
+            directory = directory.with_name(f".tmp-{directory.name}-text")
         if source:
-            copy_tokenizer(source, self.tokenizer_dir)
-            return
-        self.progress.show("training the tokenizer")
-        train_tokenizer(self._tokenizer_texts(), self.tokenizer_dir, vocab_size=spec.tokenizer.vocab_size)
-        found = TextEncoder(self.tokenizer_dir).vocab_size
-        if found < spec.tokenizer.vocab_size:
-            self.warnings.append(f"the text gives a tokenizer of {found:,} entries, not {spec.tokenizer.vocab_size:,}")
+            copy_tokenizer(source, directory)
+        else:
+            self.progress.show("training the tokenizer")
+            train_tokenizer(self._tokenizer_texts(), directory, vocab_size=spec.tokenizer.vocab_size)
+            found = TextEncoder(directory).vocab_size
+            if found < spec.tokenizer.vocab_size:
+                wanted = spec.tokenizer.vocab_size
+                self.warnings.append(f"the text gives a tokenizer of {found:,} entries, not {wanted:,}")
+        if pictured:
+            self.progress.show("training the image tokenizer")
+            fates = {pending.source.domain: pending.fates for pending in self._first_round(pictured)}
+            self.progress.say(self.images.add_codes(directory, source, fates, spec.tokenizer, spec.seed))
+
+    def _first_round(self, among: Sequence[str] | None = None) -> list[_Pending]:
+        """What a tokenizer is trained on: the domains of the first round, or all where there are none."""
+        every = [pending for name, pending in self.pending.items() if among is None or name in among]
+        return [pending for pending in every if pending.source.role == "train"] or every
 
     def _tokenizer_texts(self) -> Iterator[str]:
         """Training documents of the first round's domains, an equal share of bytes of each, chosen by hash."""
-        chosen = [pending for pending in self.pending.values() if pending.source.role == "train"]
-        chosen = chosen or list(self.pending.values())
+        chosen = self._first_round()
         for pending in chosen:
             share = self.spec.tokenizer.train_bytes // len(chosen)
             training = np.flatnonzero(pending.fates == Fate.train)
@@ -171,7 +188,7 @@ class Preparation:
             mask = np.zeros(len(pending.fates), dtype=bool)
             mask[taken] = True
             for _, text, _ in surveyed_texts(pending.source, self.spec.data, pending.survey, mask):
-                yield text
+                yield plain(text)
 
     def _encode(self, pending: _Pending, encoder: TextEncoder, digest: str) -> None:
         source, data = pending.source, self.spec.data
@@ -182,7 +199,7 @@ class Preparation:
                 data,
                 pending.survey,
                 pending.fates,
-                encoder=encoder,
+                encoder=self.images.encoder(source.domain, pending.fates, encoder),
                 directory=temporary,
                 progress=self.progress,
             )
@@ -197,6 +214,7 @@ class Preparation:
                 broken=pending.survey.broken,
             )
             keep_documents(self.output / _SURVEY_DIR / source.domain, temporary)
+            self.images.save(source.domain, temporary)
             record = Provenance(settings, pending.checked_against, pending.warnings)
             write_records(temporary, info, pending.fates, record)
             self.infos[source.domain] = info

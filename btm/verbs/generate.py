@@ -10,26 +10,35 @@ from btm.session import existing_forest
 
 
 def main(config: Config) -> None:
-    """Print the prompt and its continuation.
+    """Print the prompt and its continuation; pictures of it are written as PNG files.
 
     Raises:
         ConfigError: If there is no prompt.
     """
-    if not config.generate.prompt:
+    if not config.generate.prompt and not config.generate.image:
         raise ConfigError(["btm generate needs generate.prompt='some text'"])
     print(continuation(existing_forest(config), config))
 
 
 def continuation(forest: Forest, config: Config) -> str:
-    """The prompt followed by ``generate.max_new_tokens`` tokens of the chosen model."""
+    """The prompt followed by ``generate.max_new_tokens`` tokens of the chosen model.
+
+    A picture in it is written to a file, whose path stands in brackets in its place.
+    """
     import torch
 
+    from btm.corpus.images.vocabulary import IMAGE_TOKENIZER_DIR
     from btm.corpus.tokenizer import load_tokenizer
 
     wanted, tokenizer = config.generate, load_tokenizer(forest.tokenizer_dir)
+    pictures = None
+    if wanted.image or (forest.tokenizer_dir / IMAGE_TOKENIZER_DIR).is_dir():
+        pictures = _Pictures(forest, config)
     model = load(forest, config)
     torch.manual_seed(config.seed)
-    prompt = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(wanted.prompt, add_special_tokens=False)]])
+    before = pictures.prompt if pictures else []
+    text = tokenizer.encode(wanted.prompt, add_special_tokens=False)
+    prompt = torch.tensor([[tokenizer.eos_token_id, *before, *text]])
     sampling = {"temperature": wanted.temperature, "top_p": wanted.top_p} if wanted.temperature else {}
     with torch.inference_mode():
         output = model.generate(
@@ -39,8 +48,47 @@ def continuation(forest: Forest, config: Config) -> str:
             do_sample=bool(wanted.temperature),
             pad_token_id=tokenizer.eos_token_id,
             **sampling,
+            **(pictures.options if pictures else {}),
         )
-    return str(tokenizer.decode(output[0][1:], skip_special_tokens=True))
+    ids = output[0][1:]
+    return pictures.written(ids.tolist()) if pictures else str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class _Pictures:
+    """What pictures add: one before the prompt, the rule of well-formed ones, files of those that come out."""
+
+    def __init__(self, forest: Forest, config: Config) -> None:
+        from btm.corpus.images.decoder import MixedDecoder
+
+        self._decoder, self._path = MixedDecoder(forest.tokenizer_dir), config.generate.image
+        self._directory = Path(config.generate.image_directory or forest.path / "generated")
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the picture before the prompt."""
+        from btm.corpus.images.pictures import fit_square, load_picture
+
+        if self._path is None:
+            return []
+        tokenizer = self._decoder.image_tokenizer
+        codes = tokenizer.encode(fit_square(load_picture(self._path), tokenizer.size))
+        return self._decoder.vocabulary.image_ids(codes).tolist()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further arguments of ``generate``."""
+        from transformers import LogitsProcessorList
+
+        from btm.corpus.images.grammar import ImageGrammar
+
+        decoder = self._decoder
+        grammar = ImageGrammar(decoder.vocabulary, decoder.image_tokenizer.num_patches)
+        return {"logits_processor": LogitsProcessorList([grammar])}
+
+    def written(self, ids: list[int]) -> str:
+        """The text of ``ids`` with the file of each picture in its place."""
+        paths = iter(self._decoder.save_images(ids, self._directory))
+        return "".join(part if isinstance(part, str) else f"[{next(paths)}]" for part in self._decoder.decode(ids))
 
 
 def load(forest: Forest, config: Config) -> Any:
