@@ -117,6 +117,18 @@ def modality_table(tokenizer_dir: Path | str, size: int | None = None) -> np.nda
     return np.full(found if size is None else size, TEXT, dtype=np.int64)
 
 
+def modality_starts(tokenizer_dir: Path | str) -> tuple[int, ...]:
+    """First token id of each modality after text, which says the same as :func:`modality_table`: ``(first_code,)``.
+
+    Empty for a tokenizer without image codes.
+
+    Raises:
+        DataError: If the tokenizer is missing or damaged.
+    """
+    vocabulary = MixedVocabulary.load(tokenizer_dir)
+    return () if vocabulary is None else (vocabulary.first_code,)
+
+
 def modality_of(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Modality ids of token ids of any shape.
 

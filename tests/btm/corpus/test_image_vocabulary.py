@@ -19,6 +19,7 @@ from btm.corpus.images.vocabulary import (
     load_image_tokenizer,
     loss_by_modality,
     modality_of,
+    modality_starts,
     modality_table,
 )
 from btm.corpus.tokenizer import TextEncoder, load_tokenizer, tokenizer_sha256, train_tokenizer
@@ -87,6 +88,8 @@ def test_modality_of_every_id(combined, text_dir):
     assert len(table) == vocabulary.size
     assert np.bincount(table).tolist() == [vocabulary.first_code, CODES]
     assert MODALITIES[IMAGE] == "image"
+    assert np.searchsorted(modality_starts(combined), np.arange(len(table)), side="right").tolist() == table.tolist()
+    assert modality_starts(text_dir) == ()
     padded = modality_table(combined, vocabulary.size + 5)
     assert padded.tolist() == [*table.tolist(), *[TEXT] * 5]
     assert modality_table(text_dir).tolist() == [TEXT] * 300
