@@ -31,6 +31,9 @@ def load_picture(path: Path | str) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
+        # A pipe or a device would be read for ever.
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as file:

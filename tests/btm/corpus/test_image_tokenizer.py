@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -211,6 +212,14 @@ def test_files_that_are_no_pictures(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.png is no picture that can be read"):
         load_picture(tmp_path / "a.png")
+
+
+def test_pipes_and_folders_are_no_pictures(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for path in tmp_path.iterdir():
+        with pytest.raises(DataError, match="it is not a file"):
+            load_picture(path)
 
 
 def test_a_cut_file_and_a_huge_one(tmp_path, photographs, monkeypatch):
