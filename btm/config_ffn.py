@@ -114,6 +114,8 @@ class FfnConfig(Model):
     """First token id of each modality after the first, ascending."""
     is_noisy: bool = False
     """Gumbel-sigmoid noise on the scores of modality-aware layers in training."""
+    depth_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Share of the tokens that pass every second expert layer, beginning with the first (mixture of depths, modality-aware layers); null lets all pass all."""
     inference: Inference = Inference.auxiliary
     """auxiliary: causal, by routers that learn beside the model; expert_choice: looks at the whole batch (modality-aware layers)."""
     auxiliary_weight: float = Field(default=1.0, ge=0)
@@ -166,6 +168,8 @@ class FfnConfig(Model):
 def ffn_problems(ffn: FfnConfig) -> list[str]:
     """List contradictions between the keys of ``ffn``, worded for the user."""
     problems = []
+    if ffn.depth_fraction is not None and ffn.layer is not FfnLayer.modality:
+        problems.append(f"ffn.depth_fraction belongs to ffn=modality, got {ffn.layer}; leave it null")
     if ffn.layer is FfnLayer.top_k and ffn.experts_per_token > ffn.num_experts:
         problems.append(
             f"ffn.experts_per_token must be at most ffn.num_experts ({ffn.num_experts}), got {ffn.experts_per_token}"

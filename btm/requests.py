@@ -86,9 +86,11 @@ class TrainSpec(SpecModel):
     tokenizer_dir: str
     model: ModelConfig
     ffn: FfnConfig = FfnConfig()
-    """Expert layers that a dense start gets; a start that has some keeps its own."""
+    """Expert layers that a dense start gets; a start that has some keeps them and takes the weights of losses only."""
     trainable_domain: str | None = None
     """Train the experts of this domain alone, all else frozen (DEMix); null trains everything."""
+    trains_auxiliary_only: bool = False
+    """Train the auxiliary routers of modality-aware layers alone, all else frozen."""
     train: TrainConfig
     engine: EngineConfig
     seed: int = 0

@@ -15,7 +15,7 @@ from torch import nn
 
 from btm.model.expert_pass import EXPERTS, ExpertPass, ExpertPassError
 from moe_kernels import LayerOutput
-from moe_kernels.layers import ModalityLayer
+from moe_kernels.layers import MixtureOfDepths
 
 BEHIND = "behind"
 """Attribute of a block that holds an expert layer behind it; its parameters have this in their names."""
@@ -52,17 +52,14 @@ class ExpertLayerModule(nn.Module):
         if self._pass is None:
             raise ExpertPassError("expert layers ran outside of their model; call the model itself")
         output: LayerOutput = self.layer(hidden_states, self._pass.info)
-        self._pass.record(self.block, self._with_auxiliary_loss(hidden_states, output))
+        self._pass.record(self.block, output)
         return output.hidden
 
-    def _with_auxiliary_loss(self, hidden_states: torch.Tensor, output: LayerOutput) -> LayerOutput:
-        """Add the loss of auxiliary routers, which see the states but send no gradient into them."""
-        layer, labels = self.layer, self._pass
-        if not self.training or not isinstance(layer, ModalityLayer) or labels is None:
-            return output
-        loss, _ = layer.router.auxiliary_loss(hidden_states.reshape(-1, layer.width), labels.info)
-        losses = {**output.losses, "auxiliary": loss}
-        return LayerOutput(hidden=output.hidden, statistics=output.statistics, losses=losses)
+    @property
+    def experts(self) -> Any:
+        """The experts of the layer, with their number in ``num_experts``."""
+        layer = self.layer.layer if isinstance(self.layer, MixtureOfDepths) else self.layer
+        return layer.get_submodule("experts")  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
 class NoFeedForward(nn.Module):

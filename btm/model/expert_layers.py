@@ -9,6 +9,7 @@ from torch import nn
 
 from btm.config_ffn import Balance, FfnConfig, FfnLayer, Initial, Placement, RouterName
 from btm.errors import ConfigError
+from btm.model.learning_routers import LearningDepths, learning_modality_layer
 from moe_kernels import BaseConfig, ModalityConfig, TopKConfig
 from moe_kernels.experts import ResidualFfnStack, SwigluExperts, SwigluFfn
 from moe_kernels.layers import DemixLayer
@@ -47,13 +48,14 @@ class DenseNetwork:
         return copy.deepcopy(self.module, {id(self.config): self.config})
 
 
-def build_layer(ffn: FfnConfig, dense: DenseNetwork, num_domains: int) -> nn.Module:
+def build_layer(ffn: FfnConfig, dense: DenseNetwork, num_domains: int, *, place: int) -> nn.Module:
     """The expert layer of one block.
 
     Args:
         ffn: With ``initial`` and ``placement`` resolved.
         dense: Feed-forward network of the block.
         num_domains: Experts of a DEMix layer.
+        place: Number of the layer among the expert layers of the model, from 0.
 
     Returns:
         A layer of :mod:`moe_kernels` whose random weights come from torch's global generator.
@@ -61,7 +63,13 @@ def build_layer(ffn: FfnConfig, dense: DenseNetwork, num_domains: int) -> nn.Mod
     Raises:
         ConfigError: If widths do not fit.
     """
-    return _BUILDERS[ffn.layer](ffn, dense, num_domains)
+    layer = _BUILDERS[ffn.layer](ffn, dense, num_domains)
+    if ffn.depth_fraction is None or place % 2:
+        return layer
+    depths = LearningDepths(layer, width=dense.width, keep_fraction=ffn.depth_fraction, inference=ffn.inference.value)
+    _draw(depths.auxiliary, dense.deviation)
+    nn.init.normal_(depths.weight_1D, std=dense.deviation)
+    return depths
 
 
 def expert_width(ffn: FfnConfig, dense_width: int) -> int:
@@ -156,14 +164,15 @@ def _base(ffn: FfnConfig, dense: DenseNetwork, num_domains: int) -> nn.Module:
 
 def _modality(ffn: FfnConfig, dense: DenseNetwork, num_domains: int) -> nn.Module:
     del num_domains
-    layer = ModalityConfig(
+    config = ModalityConfig(
         width=dense.width,
         hidden_width=expert_width(ffn, dense.hidden_width),
         group_sizes=tuple(ffn.group_sizes),
         is_noisy=ffn.is_noisy,
         inference=ffn.inference.value,
         backend=ffn.backend,
-    ).build()
+    )
+    layer = learning_modality_layer(config)
     _draw(layer, dense.deviation)
     if ffn.initial is Initial.copy_dense:
         _copy_slices(layer.experts, None, dense)

@@ -25,6 +25,7 @@ from btm.model.expert_block import ExpertLayerModule, NoFeedForward, expert_modu
 from btm.model.expert_layers import DenseNetwork, build_layer, copies_per_token
 from btm.model.loss import LINEAR_HEADS
 from btm.schema import Model
+from moe_kernels.layers import MixtureOfDepths
 
 MODEL_TYPE = "btm_sparse"
 _WEIGHTS = "model.safetensors"
@@ -101,10 +102,10 @@ def add_experts(
     blocks: Any = model.base_model.layers
     deviation = float(getattr(model.config, "initializer_range", 0.02))
     with torch.random.fork_rng(devices=[]):
-        for number in ffn.blocks(len(blocks)):
+        for place, number in enumerate(ffn.blocks(len(blocks))):
             torch.manual_seed(seed * _SEED_STRIDE + number)
             dense = DenseNetwork(blocks[number].mlp, model.config, deviation)
-            module = ExpertLayerModule(build_layer(ffn, dense, len(domains)), number)
+            module = ExpertLayerModule(build_layer(ffn, dense, len(domains), place=place), number)
             module.train(model.training)
             if ffn.layer is not FfnLayer.base:
                 make_expert_block(blocks[number], mlp=module)
@@ -132,9 +133,11 @@ def inactive_matmul_weights(model: nn.Module) -> int:
         return 0
     unused = 0.0
     for module in expert_modules(model):
-        experts: Any = cast(Any, module.layer).experts
-        weights = sum(parameter.numel() for parameter in experts.parameters() if parameter.ndim >= 2)
-        unused += weights * (1 - copies_per_token(sparsity.ffn) / experts.num_experts)
+        weights = sum(parameter.numel() for parameter in module.experts.parameters() if parameter.ndim >= 2)
+        share = copies_per_token(sparsity.ffn) / module.experts.num_experts
+        if isinstance(module.layer, MixtureOfDepths):
+            share *= module.layer.keep_fraction
+        unused += weights * (1 - share)
     return round(unused)
 
 

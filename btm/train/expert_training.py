@@ -10,19 +10,26 @@ from torch import nn
 from btm.config_ffn import Balance, FfnConfig
 from btm.model.expert_block import expert_modules
 from btm.model.expert_pass import ExpertPass, LayerReport
+from btm.model.learning_routers import DEPTH_LOSS, ROUTER_LOSS
 from btm.model.sparse_lm import sparsity_of
 from btm.train.ranks import Ranks
 from moe_kernels.experts import ExpertList
 from moe_kernels.losses import BalanceBuffer
 
-LOSSES = ("load_balance", "z", "auxiliary")
+LOSSES = ("load_balance", "z", ROUTER_LOSS, DEPTH_LOSS)
+LOSS_WEIGHTS = ("load_balance_weight", "z_weight", "auxiliary_weight")
+"""Keys of ``ffn`` that belong to a training rather than to a model."""
 _TOTALS = ("tokens", "dropped", "unrouted")
 
 
 def loss_weights(ffn: FfnConfig) -> dict[str, float]:
     """Weight of each auxiliary loss."""
-    weights = (ffn.load_balance_weight, ffn.z_weight, ffn.auxiliary_weight)
-    return dict(zip(LOSSES, weights, strict=True))
+    return {
+        "load_balance": ffn.load_balance_weight,
+        "z": ffn.z_weight,
+        ROUTER_LOSS: ffn.auxiliary_weight,
+        DEPTH_LOSS: ffn.auxiliary_weight,
+    }
 
 
 def expert_owners(model: nn.Module) -> dict[str, str]:
@@ -128,8 +135,7 @@ class ExpertTraining:
         """
         result = {}
         for module in expert_modules(self.model):
-            experts = module.layer.get_submodule("experts")
-            total = torch.zeros(int(experts.num_experts), dtype=torch.float64, device=self.ranks.device)  # pyright: ignore[reportArgumentType]
+            total = torch.zeros(module.experts.num_experts, dtype=torch.float64, device=self.ranks.device)
             for experts_pass in passes:
                 total += experts_pass.reports[module.block].statistics.counts_E
             result[module.block] = [int(count) for count in self.ranks.sum_(total).tolist()]
@@ -145,7 +151,7 @@ class ExpertTraining:
 
     def _reduced(self) -> dict[int, torch.Tensor]:
         blocks = expert_modules(self.model)
-        sizes = [int(module.layer.get_submodule("experts").num_experts) for module in blocks]  # pyright: ignore[reportArgumentType]
+        sizes = [module.experts.num_experts for module in blocks]
         width = len(_TOTALS) + len(LOSSES)
         parts = [
             self._sums.get(module.block, torch.zeros(size + width, dtype=torch.float64, device=self.ranks.device))

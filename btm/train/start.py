@@ -15,10 +15,12 @@ from btm.errors import CheckpointError
 from btm.files import read_json
 from btm.model.causal_lm import build_model, load_model
 from btm.model.demix import freeze_except
-from btm.model.sparse_lm import add_experts, sparsity_of
+from btm.model.learning_routers import freeze_except_auxiliary
+from btm.model.sparse_lm import add_experts, describe, sparsity_of
 from btm.requests import TrainSpec
 from btm.train.checkpoint import Checkpoint, CheckpointStore, verified
 from btm.train.engine import Engine
+from btm.train.expert_training import LOSS_WEIGHTS
 from btm.train.metrics import MetricsFile
 from btm.train.progress import CheckpointState, Progress, differences
 from btm.train.ranks import Ranks
@@ -178,11 +180,22 @@ def _initial_model(spec: TrainSpec, vocab_size: int, eos_id: int) -> "PreTrained
         model = load_model(directory, vocab_size=vocab_size)
     else:
         model = build_model(spec.model, vocab_size=vocab_size, eos_id=eos_id, seed=spec.seed)
-    if sparsity_of(model) is None:
+    sparsity = sparsity_of(model)
+    if sparsity is None:
         domains = list(dict.fromkeys(source.domain for source in spec.sources))
         add_experts(model, spec.ffn, domains, seed=spec.seed, is_pretrained=bool(directory))
+    elif spec.ffn.is_sparse:
+        if spec.ffn.layer is not sparsity.ffn.layer:
+            raise CheckpointError(
+                f"{directory} has expert layers of ffn={sparsity.ffn.layer}, asked is ffn={spec.ffn.layer}; ask for "
+                f"the same, or start from a dense model"
+            )
+        weights = {name: getattr(spec.ffn, name) for name in LOSS_WEIGHTS}
+        describe(model, sparsity.ffn.model_copy(update=weights), sparsity.domains)
     if spec.trainable_domain is not None:
         freeze_except(model, spec.trainable_domain)
+    if spec.trains_auxiliary_only and not freeze_except_auxiliary(model):
+        raise CheckpointError(f"{directory or spec.ffn.layer} has no auxiliary routers; train a model of ffn=modality")
     return model
 
 

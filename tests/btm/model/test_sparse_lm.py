@@ -23,8 +23,9 @@ LAYERS = {
     "demix": FfnConfig(layer="demix"),
     "base": FfnConfig(layer="base", layers="spread_1", num_experts=4),
     "modality": FfnConfig(layer="modality", group_sizes=[2, 2], modality_starts=[200]),
+    "depths": FfnConfig(layer="modality", group_sizes=[2, 2], modality_starts=[200], depth_fraction=0.5),
 }
-WEIGHTS = {"load_balance": 0.5, "z": 0.1, "auxiliary": 0.2}
+WEIGHTS = {"load_balance": 0.5, "z": 0.1, "auxiliary": 0.2, "depth_auxiliary": 0.2}
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3"]
 
 
@@ -91,7 +92,7 @@ def test_damaged_sparse_directories_are_refused(make_sparse, tmp_path, damage):
         load_model(path)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "depths"])
 def test_a_token_costs_the_flops_of_the_dense_model(make_model, make_sparse, kind):
     sizes = {"hidden_size": 256, "num_layers": 4}
     dense, sparse = make_model(**sizes), make_sparse(kind, **sizes)
@@ -99,6 +100,13 @@ def test_a_token_costs_the_flops_of_the_dense_model(make_model, make_sparse, kin
     # Routers come on top, and for modality the auxiliary ones.
     assert 0.999 <= ratio <= (1.05 if kind == "modality" else 1.01)
     assert sum(p.numel() for p in sparse.parameters()) > 1.2 * sum(p.numel() for p in dense.parameters())
+
+
+def test_tokens_that_skip_layers_cost_less(make_sparse):
+    sizes = {"hidden_size": 256, "num_layers": 4}
+    all_pass, half = (flops_per_token(make_sparse(kind, **sizes), 64) for kind in ("modality", "depths"))
+    # Two of four blocks let half of the tokens pass their feed-forward networks of 3 x 256 x 704 weights.
+    assert all_pass - half == pytest.approx(6 * 2 * 0.5 * 3 * 256 * 704, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +140,7 @@ def test_random_experts_depend_on_the_seed_and_the_block_alone(make_model):
     assert not torch.equal(both[name][0], both[name][1])
 
 
-@pytest.mark.parametrize("kind", ["top_k", "shared", "demix", "base", "modality"])
+@pytest.mark.parametrize("kind", LAYERS)
 def test_activation_checkpointing_changes_no_loss_and_no_gradient(make_sparse, ids, kind):
     results = []
     for is_checkpointed in (False, True):
@@ -206,13 +214,15 @@ def test_padding_is_taken_from_the_mask_of_transformers(make_sparse, ids):
     assert seen == [ids.numel() - 8] * 2
 
 
-@pytest.mark.parametrize(("kind", "is_causal"), [("top_k", True), ("base", True), ("modality", True), ("base", False)])
+@pytest.mark.parametrize(
+    ("kind", "is_causal"),
+    [("top_k", True), ("base", True), ("modality", True), ("depths", True), ("base", False), ("modality", False)],
+)
 def test_models_are_causal_at_inference(make_sparse, ids, kind, is_causal):
-    """A4 of a whole model: BASE looks at the batch in training, nothing does at inference."""
+    """A whole model: BASE and expert choice look at the batch in training, nothing does at inference."""
     model = make_sparse(kind)
-    for module in expert_modules(model):
-        if kind == "base":
-            torch.nn.init.normal_(module.layer.experts.experts[0].outer[0].weight)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     model.train(not is_causal)
     report = check_causality(lambda tokens: model(input_ids=tokens), ids, num_ids=VOCAB_SIZE)
     assert report.is_causal == is_causal

@@ -7,7 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_runs import fork, kill, last_checkpoint, outcome, rank_environments, rows, run, start, wait, wait_for
+from training_runs import (
+    fork,
+    kill,
+    last_checkpoint,
+    log,
+    outcome,
+    rank_environments,
+    rows,
+    run,
+    start,
+    wait,
+    wait_for,
+)
 
 from btm.config_ffn import FfnConfig
 from btm.config_model import EngineConfig, ModelConfig
@@ -32,6 +44,7 @@ LAYERS = {
     "demix": FfnConfig(layer="demix", initial="random"),
     "base": FfnConfig(layer="base", layers="spread_1", num_experts=3),
     "modality": FfnConfig(layer="modality", group_sizes=[2, 2], modality_starts=[30]),
+    "depths": FfnConfig(layer="modality", group_sizes=[2, 1], modality_starts=[30], depth_fraction=0.6),
 }
 SMALL_FFN = {"layer": "top_k", "num_experts": 4}
 
@@ -169,6 +182,7 @@ def steps_on(directory: Path, kind: str, world: int, micro: int | None, is_padde
         ("micro", 2, None, 3),
         ("base", 2, None, 3),
         ("modality", 2, None, 3),
+        ("depths", 2, None, 3),
         ("demix", 2, None, None),
         ("demix", 4, 1, None),
         # Balanced over the whole batch: the same as one process that has it in one pass, also with unequal shares.
@@ -254,6 +268,33 @@ def test_a_domain_joins_a_trained_model_and_nothing_else_moves(make_spec, tmp_pa
     assert all(".experts.experts.1." in name for name in changed)
     result = json.loads((Path(second.output_dir) / "result.json").read_text())
     assert result["dev_loss"]["bees"] < 5
+
+
+def test_auxiliary_routers_learn_after_the_model_and_nothing_else_moves(make_spec):
+    ffn = FfnConfig(layer="modality", group_sizes=[2, 2], modality_starts=[130], auxiliary_weight=0, depth_fraction=0.5)
+    first = make_spec("first", ffn=ffn)
+    assert run(first) == 0
+    model = load_model(Path(first.output_dir) / "model")
+    start_from = Start(kind="weights", path=str(Path(first.output_dir) / "model"))
+    weighted = ffn.model_copy(update={"auxiliary_weight": 1.0})
+    second = make_spec("second", ffn=weighted, start=start_from, trains_auxiliary_only=True, last_update=40)
+    assert run(second) == 0
+    before, after = model.state_dict(), load_model(Path(second.output_dir) / "model").state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if ".auxiliary." in name}
+    learnt = [row for row in rows(second) if "train/loss" in row]
+    for name in ("auxiliary", "depth_auxiliary"):
+        assert learnt[-1][f"experts/0/{name}"] < 0.95 * learnt[0][f"experts/0/{name}"]
+
+
+def test_a_start_with_other_expert_layers_is_refused(make_spec):
+    first = make_spec("first", ffn=FfnConfig(**SMALL_FFN), last_update=2)
+    assert run(first) == 0
+    start_from = Start(kind="weights", path=str(Path(first.output_dir) / "model"))
+    second = make_spec("second", ffn=FfnConfig(layer="demix"), start=start_from)
+    assert run(second) == 1
+    assert "ffn=top_k, asked is ffn=demix" in log(second)
+    assert run(make_spec("third", ffn=FfnConfig(**SMALL_FFN), start=start_from, trains_auxiliary_only=True)) == 1
 
 
 def test_demix_batches_have_equally_many_sequences_of_each_domain(corpus):
