@@ -32,10 +32,12 @@ VERBS = {
     "generate": "continue a prompt with the ensemble or one model (generate.prompt=)",
     "report": "write the HTML report again",
     "status": "show how far a run is",
+    "step": "run single steps of a plan here, without a driver (steps=, element=)",
+    "slurm": "list, follow or cancel a forest's Slurm jobs, or submit a run as an array job (action=)",
     "doctor": "show what this machine can run",
 }
 _CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-_STORED_CONFIG_VERBS = {"add", "remove", "list", "inspect", "merge", "evaluate", "generate", "report", "status"}
+_STORED_CONFIG_VERBS = {"add", "remove", "list", "inspect", "merge", "evaluate", "generate", "report", "status", "step"}
 """Verbs that work on an existing forest and take its configuration, with overrides on top."""
 _ENVIRONMENT_ERRORS = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM,

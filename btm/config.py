@@ -10,7 +10,7 @@ from pydantic import Field
 from btm.config_data import DataConfig, TokenizerConfig
 from btm.config_ensemble import EnsembleConfig, EvaluateConfig, GenerateConfig
 from btm.config_ffn import FfnConfig
-from btm.config_launch import LaunchConfig, TrackingConfig
+from btm.config_launch import LaunchConfig, SlurmAction, TrackingConfig
 from btm.config_merge import MergeConfig
 from btm.config_model import EngineConfig, ModelConfig
 from btm.config_train import BaselineConfig, BranchConfig, TrainConfig
@@ -32,6 +32,12 @@ class Config(Model):
     """Go on in a forest that was begun with another configuration."""
     domain: str | None = None
     """Domain that ``add``, ``remove`` and ``inspect`` speak of."""
+    steps: list[str] = []
+    """Steps that ``step`` runs, in this order, such as ``[prepare,seed]`` or ``[elm/law]``."""
+    element: int | None = Field(default=None, ge=0)
+    """Number of the one training after the seed that ``step`` runs: an array job's element."""
+    action: SlurmAction = SlurmAction.jobs
+    """What ``slurm`` does with a forest's jobs: list, follow or cancel them, or submit the run as an array."""
     output_json: bool = Field(default=False, alias="json")
     """Print JSON instead of tables."""
     data: DataConfig = DataConfig()

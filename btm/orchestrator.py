@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from btm.display import RunDisplay, TaskView
-from btm.errors import RunError
+from btm.errors import BtmError, RunError
 from btm.plan import Step, StepKind
 from btm.requests import SpecModel
 from btm.step_context import Context
@@ -29,8 +29,13 @@ _REASON_CHARACTERS = 300
 _SUBMITTED = ("queued", "running")
 
 
-class StoppedError(Exception):
+class StoppedError(BtmError):
     """The user or the scheduler asked to stop; everything can be resumed."""
+
+    exit_code = 130
+
+    def __init__(self) -> None:
+        super().__init__("stopped on request; the same command goes on from the last checkpoints")
 
 
 @dataclass(slots=True)

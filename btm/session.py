@@ -12,7 +12,7 @@ from btm.budget import divide_updates, model_size
 from btm.config import Config
 from btm.config_launch import ExecutorName
 from btm.config_parse import config_to_dict
-from btm.errors import ConfigError, ForestError
+from btm.errors import ConfigError, ForestError, RunError
 from btm.files import read_json, write_json
 from btm.forest import Forest
 from btm.orchestrator import Orchestrator, Outcome
@@ -20,6 +20,7 @@ from btm.plan import Machine, PlanInput, Step
 from btm.step_context import Context
 from btm.tracking import make_tracker
 from launch.resources import available_cores, available_gpus
+from launch.slurm_options import SlurmOptions, options_problems
 from launch.task import Executor
 
 _PRELOAD = ("torch", "transformers", "btm.train.worker", "btm.evaluate.score")
@@ -27,7 +28,7 @@ _PRELOAD = ("torch", "transformers", "btm.train.worker", "btm.evaluate.score")
 _COMMON_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox", "opt", "phi")
 """Need no question to transformers, which takes seconds to load."""
 _FREE_KEYS = ("dry_run", "allow_config_change", "domain", "json", "launch", "tracking", "merge", "ensemble", "evaluate")
-_FREE_KEYS += ("generate", "branch", "baselines", "forest")
+_FREE_KEYS += ("generate", "branch", "baselines", "forest", "steps", "element", "action")
 """Parts of the configuration that may change between two runs on one forest."""
 
 
@@ -54,6 +55,10 @@ def domain_groups(config: Config) -> tuple[list[str], list[str], list[str]]:
 def machine(config: Config) -> Machine:
     """What the executor can give out: this machine, or the groups of a cluster."""
     launch = config.launch
+    if launch.executor is ExecutorName.slurm:
+        slurm_options(config)
+        cpus, gpus = launch.slurm.cpus_per_node, launch.slurm.gpus_per_node
+        return Machine(num_cpus=cpus or launch.cpus_per_elm, num_gpus=launch.gpus_per_elm if gpus is None else gpus)
     if launch.num_groups and launch.executor is ExecutorName.ray and launch.ray_address:
         groups = launch.num_groups
         return Machine(num_cpus=groups * launch.cpus_per_elm, num_gpus=groups * launch.gpus_per_elm)
@@ -113,10 +118,44 @@ def make_context(config: Config, domains: Sequence[str], novel: Sequence[str], *
     )
 
 
+def slurm_options(config: Config) -> SlurmOptions:
+    """How jobs are submitted.
+
+    Raises:
+        ConfigError: If the values contradict each other.
+    """
+    given = config.launch.slurm
+    options = SlurmOptions(
+        partition=given.partition,
+        account=given.account,
+        qos=given.qos,
+        time_s=given.time_s,
+        grace_s=given.grace_s,
+        max_requeues=given.max_requeues,
+        more=tuple(given.more),
+    )
+    if problems := options_problems(options):
+        raise ConfigError([f"launch.slurm: {problem}" for problem in problems])
+    return options
+
+
+def slurm_state_dir(config: Config) -> Path:
+    """Where the jobs of a forest get their requests and say how they went."""
+    return Path(config.forest) / "slurm"
+
+
 @contextmanager
 def executor(config: Config) -> Iterator[Executor]:
-    """The executor of ``config.launch``; everything it started has ended when the block ends."""
+    """The executor of ``config.launch``; everything it started has ended when the block ends.
+
+    Raises:
+        RunError: If this machine has no Slurm to submit to, or it cannot be used.
+    """
     launch = config.launch
+    if launch.executor is ExecutorName.slurm:
+        with _slurm_executor(config) as jobs:
+            yield jobs
+        return
     if launch.executor is ExecutorName.ray:
         from launch.ray_executor import RayExecutor
 
@@ -134,6 +173,23 @@ def executor(config: Config) -> Iterator[Executor]:
         yield made
     finally:
         made.close()
+
+
+@contextmanager
+def _slurm_executor(config: Config) -> Iterator[Executor]:
+    from launch.slurm_commands import SlurmError
+    from launch.slurm_executor import SlurmExecutor
+
+    try:
+        with SlurmExecutor(
+            slurm_state_dir(config),
+            options=slurm_options(config),
+            num_groups=config.launch.num_groups,
+            poll_s=config.launch.slurm.poll_s,
+        ) as made:
+            yield made
+    except SlurmError as error:
+        raise RunError(str(error)) from None
 
 
 def execute(steps: Sequence[Step], context: Context, console: Console) -> Outcome:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from btm.budget import divide_updates
 from btm.config import Config
+from btm.config_launch import ExecutorName
 from btm.errors import ForestError
 from btm.forest import Forest
 from btm.merge.model_files import open_model
@@ -26,6 +27,7 @@ from btm.session import (
 )
 from btm.summary import write_summary
 from btm.verbs.add import add_domain
+from btm.verbs.slurm import submission_lines
 
 
 def main(config: Config) -> None:
@@ -37,6 +39,8 @@ def main(config: Config) -> None:
     if config.dry_run:
         for table in plan_tables(steps, config, given):
             console.print(table)
+        if config.launch.executor is ExecutorName.slurm:
+            print("\n".join(submission_lines(steps, config)))
         return
     if config.ffn.is_sparse:
         later = []  # nothing joins one model
