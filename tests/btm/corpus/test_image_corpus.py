@@ -217,6 +217,24 @@ def test_pictures_shared_by_two_domains(tmp_path, own, picture_folder, photograp
     assert again["train"] == []
 
 
+def test_a_later_domain_is_compared_with_pictures_on_disk(tmp_path, own, picture_folder):
+    """As `btm add` prepares it: with other fractions, pictures of the first domain's training would be held out."""
+    root = tmp_path / "forest"
+    first = prepare(spec_of(root, {"pictures": str(picture_folder)}))
+    rows = [{"image": row["image"], "caption": f"once more {row['image']}"} for row in rows_of(own)]
+    (own / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = {"domains": {"again": str(own)}, "images": ["again"], "min_train_tokens": 1}
+    same = prepare(spec_of(root, **again)).domains["again"]
+    assert same.near_duplicates == 0
+    assert [same.splits[split].documents * 3 for split in SPLITS] == [
+        first.domains["pictures"].splits[split].documents for split in SPLITS
+    ]
+    other = prepare(spec_of(root, **again, dev_fraction=0.3)).domains["again"]
+    assert other.near_duplicates > 10
+    assert other.splits["train"].documents < same.splits["train"].documents
+    assert other.splits["dev"].documents == same.splits["dev"].documents
+
+
 def test_pictures_cannot_join_a_forest_of_text(tmp_path, prepared, picture_folder):
     domains = {"text": str(prepared[0] / "text.jsonl")}
     prepare(spec_of(tmp_path, domains, images=[]))
