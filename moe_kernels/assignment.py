@@ -1,8 +1,9 @@
 """Balanced assignment: every expert gets the same number of tokens and the total score is the largest possible.
 
-The problem is a transportation problem with one price per expert as its dual. Prices are found by Newton steps on the
-dual, first on samples of the tokens; whatever still overflows moves along shortest augmenting paths between experts.
-The native code in ``native/assignment.cpp`` and the torch code in ``assignment_torch.py`` do the same.
+The problem is a transportation problem with one price per expert as its dual. On the CPU prices are found by Newton
+steps on the dual, first on samples of the tokens; whatever still overflows moves along shortest augmenting paths
+between experts. The native code in ``native/assignment.cpp`` and the torch code in ``assignment_torch.py`` do the
+same. On CUDA devices an auction with epsilon scaling finds them, see ``epsilon_auction.py``.
 
 Shapes: T tokens, E experts.
 """
@@ -14,8 +15,11 @@ import torch
 
 from moe_kernels.assignment_torch import solve_exact
 from moe_kernels.auction import assign_auction
+from moe_kernels.epsilon_auction import run_auction
 from moe_kernels.errors import MoeError, check_choice
 from moe_kernels.native import load_library
+from moe_kernels.triton_kernels.auction import RoundsInTriton
+from moe_kernels.triton_kernels.runtime import use_triton
 
 METHODS = ("exact", "auction")
 _ROWS_PER_PASS = 1024
@@ -32,11 +36,13 @@ class Assignment:
     num_replaced: int
     """Scores that were not finite and were replaced."""
     num_sweeps: int
-    """Passes over all scores."""
+    """Passes over all scores; on CUDA devices rounds of the auction."""
     num_overflow: int
     """Tokens above capacity after these passes."""
     num_paths: int
     """Augmenting paths that repaired them."""
+    gap: float = 0.0
+    """The total is at most this far below the best, beside rounding; 0 for the exact methods."""
 
 
 def check_scores(scores_TE: torch.Tensor) -> None:
@@ -144,30 +150,60 @@ def _checked_prices(warm_prices_E: torch.Tensor | None, num_experts: int) -> tor
     return prices_E if bool(torch.isfinite(prices_E).all()) else None
 
 
-def solve_assignment(scores_TE: torch.Tensor, *, warm_prices_E: torch.Tensor | None = None) -> Assignment:
+def _solve_on_device(scores_TE: torch.Tensor, warm_E: torch.Tensor | None) -> Assignment | None:
+    scores_TE = scores_TE.detach()
+    bad_TE = ~torch.isfinite(scores_TE)
+    low, high = scores_TE.masked_fill(bad_TE, torch.inf).amin(), scores_TE.masked_fill(bad_TE, -torch.inf).amax()
+    low, high = torch.where(low > high, 0.0, low), torch.where(low > high, 0.0, high)
+    clean_TE = torch.where(bad_TE, torch.where(scores_TE == torch.inf, high, low), scores_TE).contiguous()
+    found = run_auction(clean_TE, rounds=RoundsInTriton(clean_TE), warm_prices_E=warm_E)
+    if not found.is_finished:
+        return None
+    return Assignment(
+        expert_T=found.expert_T,
+        prices_E=found.price_E.cpu(),
+        num_replaced=int(bad_TE.sum()),
+        num_sweeps=found.num_rounds,
+        num_overflow=0,
+        num_paths=0,
+        gap=float(found.gap),
+    )
+
+
+def solve_assignment(
+    scores_TE: torch.Tensor, *, warm_prices_E: torch.Tensor | None = None, backend: str = "auto"
+) -> Assignment:
     """Assign tokens to experts with the largest total score, each expert getting its equal share of tokens.
 
-    The share is ``floor(T/E)`` or ``ceil(T/E)``. Exact up to the rounding of float64: the total is that of the best of
-    all balanced assignments. Deterministic: the same scores give the same answer for any number of threads. At most
-    ``T`` augmenting paths, so it always ends.
+    The share is ``floor(T/E)`` or ``ceil(T/E)``. On the CPU exact up to the rounding of float64: the total is that of
+    the best of all balanced assignments, found with at most ``T`` augmenting paths, so it always ends. On CUDA devices
+    the total is at most ``(2 * T + E) * 6e-8`` of the range of the scores below the best, and ``gap`` says how far; an
+    auction that has not ended after its bounded rounds is dropped for the exact method on the CPU. Deterministic: the
+    same scores give the same answer for any number of threads, and the same on any device of one kind.
 
     Args:
-        scores_TE: Affinities ``(T, E)``, any float dtype and device; the work is done on the CPU. NaN and ``-inf``
-            count as the smallest finite score, ``+inf`` as the largest.
+        scores_TE: Affinities ``(T, E)``, any float dtype and device. NaN and ``-inf`` count as the smallest finite
+            score, ``+inf`` as the largest.
         warm_prices_E: ``prices_E`` of a similar problem, for instance of the last step; saves most of the passes. The
             total score does not depend on them.
+        backend: ``torch`` for the exact method on the CPU, ``triton`` for the auction on the device of the scores, or
+            ``auto``: Triton on CUDA devices.
 
     Returns:
         The assignment with its prices.
 
     Raises:
-        MoeError: If the scores are not a floating-point matrix or the prices do not fit.
+        MoeError: If the scores are not a floating-point matrix, the prices do not fit or the backend cannot be had.
         MemoryError: If the scratch memory of about ``40 * E * E`` bytes cannot be had.
     """
     check_scores(scores_TE)
     num_tokens, num_experts = scores_TE.shape
     warm_E = _checked_prices(warm_prices_E, num_experts)
     device = scores_TE.device
+    if use_triton(backend, scores_TE) and num_tokens and num_experts > 1:
+        on_device = _solve_on_device(scores_TE, warm_E)
+        if on_device is not None:
+            return on_device
     scores_TE = scores_TE.detach().to("cpu")
     if num_tokens == 0 or num_experts == 1:
         return Assignment(
@@ -195,7 +231,7 @@ def solve_assignment(scores_TE: torch.Tensor, *, warm_prices_E: torch.Tensor | N
     return Assignment(**{**vars(solved), "expert_T": solved.expert_T.to(device)}) if device.type != "cpu" else solved
 
 
-def assign_balanced(scores_TE: torch.Tensor, *, method: str = "exact") -> torch.Tensor:
+def assign_balanced(scores_TE: torch.Tensor, *, method: str = "exact", backend: str = "auto") -> torch.Tensor:
     """Give every expert the same number of tokens, with the largest total score.
 
     The assignment of BASE layers (Lewis et al. 2021, https://arxiv.org/abs/2103.16716, section 3.2). Each expert gets
@@ -205,15 +241,16 @@ def assign_balanced(scores_TE: torch.Tensor, *, method: str = "exact") -> torch.
         scores_TE: Affinities ``(T, E)``, any float dtype; see `solve_assignment` for scores that are not finite.
         method: ``exact``, or ``auction`` for the published approximation, which needs ``T`` to be a multiple of ``E``
             and ``E > 1``; its total is typically within 0.3 % of the best.
+        backend: Of the exact method, see `solve_assignment`, which says what it guarantees on CUDA devices.
 
     Returns:
         Expert id per token ``(T,)``, int64.
 
     Raises:
-        MoeError: If the scores are not a floating-point matrix, the method is unknown, or the auction cannot take them.
+        MoeError: If the scores are not a floating-point matrix, the method or backend is unknown, or cannot be had.
     """
     check_choice("method of assign_balanced", method, METHODS)
     check_scores(scores_TE)
     if method == "auction":
         return assign_auction(scores_TE)
-    return solve_assignment(scores_TE).expert_T
+    return solve_assignment(scores_TE, backend=backend).expert_T

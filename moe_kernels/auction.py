@@ -30,7 +30,9 @@ def _resolve(lists_EC: torch.Tensor, bids_ET: torch.Tensor) -> torch.Tensor:
     expert_T = torch.where(listed_ET, bids_ET, -torch.inf).argmax(0)
     is_free_T = ~listed_ET.any(0)
     counts_E = torch.bincount(expert_T[~is_free_T], minlength=num_experts)
-    expert_T[is_free_T] = torch.repeat_interleave(torch.arange(num_experts), capacity - counts_E)
+    expert_T[is_free_T] = torch.repeat_interleave(
+        torch.arange(num_experts, device=counts_E.device), capacity - counts_E
+    )
     return expert_T
 
 
@@ -63,14 +65,14 @@ def assign_auction(scores_TE: torch.Tensor, *, num_rounds_max: int = 1000) -> to
     _check(scores_TE)
     num_tokens, num_experts = scores_TE.shape
     capacity = num_tokens // num_experts
-    scores_ET = scores_TE.detach().to("cpu", torch.float32).t().contiguous()
+    scores_ET = scores_TE.detach().to(torch.float32).t().contiguous()
     finite_ET = torch.isfinite(scores_ET)
     if not bool(finite_ET.all()):
-        low = scores_ET[finite_ET].min() if bool(finite_ET.any()) else torch.tensor(0.0)
+        low = scores_ET[finite_ET].min() if bool(finite_ET.any()) else scores_ET.new_zeros(())
         scores_ET = torch.where(finite_ET, scores_ET, low)
     high, low = scores_ET.max(), scores_ET.min()
     epsilon = max(float(high - low) / _EPSILON_PARTS, _EPSILON_LEAST)
-    price_T = torch.zeros(num_tokens)
+    price_T = scores_ET.new_zeros(num_tokens)
     value_ET = scores_ET.clone()
     lists_EC, bids_ET = _bid(value_ET, capacity, epsilon)
     for round_index in range(num_rounds_max):
@@ -86,4 +88,4 @@ def assign_auction(scores_TE: torch.Tensor, *, num_rounds_max: int = 1000) -> to
         lists_EC, bids_ET = _bid(value_ET, capacity, epsilon)
         if is_holding:  # what an expert won it holds by the least bid, so that its price rises slowly
             bids_ET[won] = epsilon
-    return _resolve(lists_EC, bids_ET).to(scores_TE.device)
+    return _resolve(lists_EC, bids_ET)

@@ -5,50 +5,106 @@ Shapes: T tokens, E experts, N routed copies, D model width, C capacity.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
 from moe_kernels.errors import check_choice, check_range
+from moe_kernels.experts import SwigluExperts
 from moe_kernels.selection import sort_copies
-from moe_kernels.types import Dispatch, Routing
+from moe_kernels.triton_kernels.grouped import swiglu_tokens
+from moe_kernels.triton_kernels.permute import permute, unpermute
+from moe_kernels.triton_kernels.runtime import use_triton
+from moe_kernels.types import Dispatch, Routing, TokenOrder
 
 PRIORITIES = ("position", "weight")
 
 
-def dispatch(x_TD: torch.Tensor, routing: Routing) -> Dispatch:
+def order_by_token(token_N: torch.Tensor, num_tokens: int) -> TokenOrder:
+    """Find the copies of each token, without the host.
+
+    Args:
+        token_N: Token of each copy ``(N,)``, int64.
+        num_tokens: T.
+
+    Returns:
+        The copies by token, those of one token in the order of the routing.
+    """
+    sorted_N, copy_N = torch.sort(token_N, stable=True)
+    return TokenOrder(
+        copy_N=copy_N, start_T1=torch.searchsorted(sorted_N, torch.arange(num_tokens + 1, device=token_N.device))
+    )
+
+
+def dispatch(x_TD: torch.Tensor, routing: Routing, *, backend: str = "auto") -> Dispatch:
     """Copy token states into the order of their experts.
 
     Args:
         x_TD: Token states ``(T, D)``.
         routing: Where they go.
+        backend: ``torch``, ``triton``, or ``auto``: Triton on CUDA devices.
 
     Returns:
         The rows sorted by expert, within one in the order of the routing; differentiable in the states and weights.
+
+    Raises:
+        MoeError: If the backend cannot be had.
     """
-    order_N, row_N, counts_E = sort_copies(routing.expert_N, routing.num_experts)
+    order = routing.by_expert or sort_copies(routing.expert_N, routing.num_experts, backend=backend)
+    source_N = routing.token_N[order.copy_N]
+    by_token = order_by_token(routing.token_N, routing.num_tokens) if use_triton(backend, x_TD) else None
     return Dispatch(
-        rows_ND=x_TD.index_select(0, routing.token_N[order_N]),
-        counts_E=counts_E,
+        rows_ND=x_TD.index_select(0, source_N) if by_token is None else permute(x_TD, source_N, order.row_N, by_token),
+        counts_E=order.counts_E,
         token_N=routing.token_N,
         weight_N=routing.weight_N,
-        row_N=row_N,
+        row_N=order.row_N,
         num_tokens=routing.num_tokens,
+        by_token=by_token,
     )
 
 
-def combine(out_ND: torch.Tensor, dispatched: Dispatch) -> torch.Tensor:
+def combine(out_ND: torch.Tensor, dispatched: Dispatch, *, backend: str = "auto") -> torch.Tensor:
     """Bring expert outputs back to their tokens: the weighted sum of each token's rows, zero where it has none.
 
     Args:
         out_ND: Expert outputs ``(N, D)`` in the order of ``dispatched.rows_ND``.
         dispatched: What `dispatch` returned.
+        backend: ``torch``, ``triton``, or ``auto``: Triton on CUDA devices, where sums keep their order, too.
 
     Returns:
         ``(T, D)`` in the dtype of ``out_ND``; differentiable in the outputs and the weights.
+
+    Raises:
+        MoeError: If the backend cannot be had.
     """
+    if use_triton(backend, out_ND):
+        order = dispatched.by_token or order_by_token(dispatched.token_N, dispatched.num_tokens)
+        return unpermute(out_ND, dispatched.weight_N, dispatched.token_N, dispatched.row_N, order)
     weighted_ND = out_ND.index_select(0, dispatched.row_N) * dispatched.weight_N.to(out_ND.dtype).unsqueeze(1)
     zeros_TD = out_ND.new_zeros(dispatched.num_tokens, out_ND.shape[1])
     return zeros_TD.index_add(0, dispatched.token_N, weighted_ND)
+
+
+def run_experts(x_TD: torch.Tensor, routing: Routing, experts: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Dispatch, experts, combine. A `SwigluExperts` in Triton reads the token states in place, without gathered rows.
+
+    Args:
+        x_TD: Token states ``(T, D)``.
+        routing: Where they go.
+        experts: Maps rows ``(N, D)`` sorted by expert, with their counts ``(E,)``, to rows in the same order.
+
+    Returns:
+        ``(T, D)``, zero for tokens without an expert.
+    """
+    if not (isinstance(experts, SwigluExperts) and experts.reads_in_place(x_TD)):
+        dispatched = dispatch(x_TD, routing)
+        return combine(experts(dispatched.rows_ND, dispatched.counts_E), dispatched)
+    order = routing.by_expert or sort_copies(routing.expert_N, routing.num_experts, backend="triton")
+    by_token = order_by_token(routing.token_N, routing.num_tokens)
+    weights = experts.weights(x_TD.dtype)
+    out_ND = swiglu_tokens(x_TD, routing.token_N[order.copy_N], order.row_N, by_token, order.counts_E, weights)
+    return unpermute(out_ND, routing.weight_N, routing.token_N, order.row_N, by_token)
 
 
 def capacity_of(num_copies: int, num_experts: int, capacity_factor: float) -> int:
@@ -100,4 +156,5 @@ def limit_capacity(routing: Routing, capacity_factor: float | None, *, priority:
         expert_N=routing.expert_N[kept_N],
         weight_N=routing.weight_N[kept_N],
         num_dropped=routing.num_dropped + num_copies - kept_N.numel(),
+        by_expert=None,
     )

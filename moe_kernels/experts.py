@@ -1,4 +1,4 @@
-"""Experts: from rows sorted by expert to rows in the same order. Two backends of one function, and modules as experts.
+"""Experts: from rows sorted by expert to rows in the same order. Three backends of one function; modules as experts.
 
 Shapes: E experts, N routed copies, D model width, F feed-forward width.
 """
@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from moe_kernels.errors import MoeError, check_choice, check_range
+from moe_kernels.triton_kernels.grouped import DTYPES, Weights, swiglu_rows
+from moe_kernels.triton_kernels.runtime import use_triton
 
-BACKENDS = ("auto", "loop", "grouped_mm")
+BACKENDS = ("auto", "loop", "grouped_mm", "triton")
 
 
 def _grouped(rows_NX: torch.Tensor, weight_EXY: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -87,7 +89,8 @@ class SwigluExperts(nn.Module):
         num_experts: E.
         width: Model width D.
         hidden_width: Feed-forward width F.
-        backend: ``loop``, ``grouped_mm``, or ``auto``: grouped_mm where it can take the rows.
+        backend: ``loop``, ``grouped_mm``, ``triton``, or ``auto``: Triton on CUDA devices, else grouped_mm where it can
+            take the rows.
 
     Raises:
         MoeError: If a value is out of range.
@@ -105,7 +108,9 @@ class SwigluExperts(nn.Module):
     def forward(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """Apply each expert to its rows ``(N, D)``; returns ``(N, D)`` in the same order."""
         check_rows(rows_ND, counts_E, self.num_experts)
-        weights = (self.w1_EDF.to(rows_ND.dtype), self.w3_EDF.to(rows_ND.dtype), self.w2_EFD.to(rows_ND.dtype))
+        weights = self.weights(rows_ND.dtype)
+        if self.reads_in_place(rows_ND):
+            return swiglu_rows(rows_ND, counts_E, weights)
         fits = _fits_grouped(rows_ND, weights[0].shape[2])
         if self.backend == "grouped_mm" and rows_ND.shape[0] and not fits:
             raise MoeError(
@@ -116,6 +121,16 @@ class SwigluExperts(nn.Module):
             )
         is_grouped = fits and self.backend != "loop"
         return (swiglu_grouped if is_grouped else swiglu_loop)(rows_ND, counts_E, weights)
+
+    def weights(self, dtype: torch.dtype) -> Weights:
+        """The three stacks in a dtype."""
+        return self.w1_EDF.to(dtype), self.w3_EDF.to(dtype), self.w2_EFD.to(dtype)
+
+    def reads_in_place(self, x: torch.Tensor) -> bool:
+        """Whether Triton does the work on such states, so that they need not be gathered first."""
+        if self.backend in ("loop", "grouped_mm") or x.dtype not in DTYPES:
+            return False
+        return use_triton(self.backend, x)
 
 
 class ExpertList(nn.Module):

@@ -11,6 +11,8 @@ from torch import nn
 from moe_kernels.assignment import assign_balanced
 from moe_kernels.errors import check_choice, check_range
 from moe_kernels.selection import top_experts, top_tokens
+from moe_kernels.triton_kernels.routing import route_top_k, takes
+from moe_kernels.triton_kernels.runtime import BACKENDS, use_triton
 from moe_kernels.types import Routing, TokenInfo
 
 SCORES = ("softmax", "sigmoid")
@@ -39,6 +41,7 @@ class TopKRouter(nn.Module):
         experts_per_token: K, 1 to E.
         score: ``softmax`` over the experts, or ``sigmoid`` of each.
         is_renormalised: Whether the K weights of a token are scaled to sum to 1.
+        backend: ``torch``, ``triton``, or ``auto``: Triton on CUDA devices.
 
     Raises:
         MoeError: If a value is out of range.
@@ -52,12 +55,15 @@ class TopKRouter(nn.Module):
         *,
         score: str = "softmax",
         is_renormalised: bool = True,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         check_range("num_experts", num_experts, low=1)
         check_range("experts_per_token", experts_per_token, low=1, high=num_experts, remedy="add experts or lower it")
         check_choice("score", score, SCORES)
+        check_choice("backend", backend, BACKENDS)
         self.experts_per_token, self.score, self.is_renormalised = experts_per_token, score, is_renormalised
+        self.backend = backend
         self.weight_ED = nn.Parameter(torch.randn(num_experts, width) / math.sqrt(width))
 
     def forward(self, x_TD: torch.Tensor, info: TokenInfo) -> Routing:
@@ -65,19 +71,27 @@ class TopKRouter(nn.Module):
         num_tokens, num_experts = x_TD.shape[0], self.weight_ED.shape[0]
         is_real_T = info.real(num_tokens, x_TD.device)
         logits_TE = logits_of(x_TD, self.weight_ED)
-        scores_TE = _scores(logits_TE, self.score)
-        expert_TK = top_experts(logits_TE, self.experts_per_token)
-        weight_TK = self._weights(logits_TE, scores_TE, expert_TK)
+        if use_triton(self.backend, logits_TE) and takes(logits_TE):
+            expert_TK, weight_TK, probs_TE, by_expert = route_top_k(
+                logits_TE, self.experts_per_token, score=self.score, is_renormalised=self.is_renormalised
+            )
+        else:
+            scores_TE, by_expert = _scores(logits_TE, self.score), None
+            expert_TK = top_experts(logits_TE, self.experts_per_token, backend=self.backend)
+            weight_TK = self._weights(logits_TE, scores_TE, expert_TK)
+            probs_TE = scores_TE if self.score == "softmax" else _normalised(scores_TE)
         token_TK = torch.arange(num_tokens, device=x_TD.device).unsqueeze(1).expand_as(expert_TK)
+        is_whole = info.is_real_T is None  # then nothing is picked out, which would need the host to count
         return Routing(
-            token_N=token_TK[is_real_T].reshape(-1),
-            expert_N=expert_TK[is_real_T].reshape(-1),
-            weight_N=weight_TK[is_real_T].reshape(-1),
+            token_N=(token_TK if is_whole else token_TK[is_real_T]).reshape(-1),
+            expert_N=(expert_TK if is_whole else expert_TK[is_real_T]).reshape(-1),
+            weight_N=(weight_TK if is_whole else weight_TK[is_real_T]).reshape(-1),
             num_tokens=num_tokens,
             num_experts=num_experts,
             is_real_T=is_real_T,
             logits_TE=logits_TE,
-            probs_TE=scores_TE if self.score == "softmax" else _normalised(scores_TE),
+            probs_TE=probs_TE,
+            by_expert=by_expert if is_whole else None,
         )
 
     def _weights(self, logits_TE: torch.Tensor, scores_TE: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Selecting without gradients: experts of tokens, tokens of experts, and the order of copies by expert.
 
-Each has a native version in ``native/routing.cpp`` for float32 on the CPU and a torch version for everything else.
+Each has a native version in ``native/routing.cpp`` for float32 on the CPU, a Triton version for CUDA devices, and a
+torch version for everything else. ``backend`` is ``auto``, or forces ``triton`` or ``torch`` (with the native code).
 
 Shapes: T tokens, E experts, K experts per token, C tokens per expert, N routed copies.
 """
@@ -11,6 +12,9 @@ import torch
 
 from moe_kernels.errors import check_range
 from moe_kernels.native import load_library
+from moe_kernels.triton_kernels import routing
+from moe_kernels.triton_kernels.runtime import use_triton
+from moe_kernels.types import ExpertOrder
 
 _TOKENS_MAX = 2**31 - 1
 
@@ -24,21 +28,28 @@ def _library(tensor: torch.Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
     return load_library("routing") if is_fit else None
 
 
-def top_experts(scores_TE: torch.Tensor, experts_per_token: int) -> torch.Tensor:
+def _on_triton(backend: str, scores_TE: torch.Tensor) -> bool:
+    return use_triton(backend, scores_TE) and (backend == "triton" or routing.takes(scores_TE))
+
+
+def top_experts(scores_TE: torch.Tensor, experts_per_token: int, *, backend: str = "auto") -> torch.Tensor:
     """The experts with the highest scores of each token.
 
     Args:
-        scores_TE: Scores ``(T, E)``; NaN counts as the lowest on the native path.
+        scores_TE: Scores ``(T, E)``; NaN counts as the lowest but in torch.
         experts_per_token: K, 1 to E.
+        backend: See above.
 
     Returns:
-        Expert ids ``(T, K)``, int64, best first; equal scores in the order of ids on the native path.
+        Expert ids ``(T, K)``, int64, best first; equal scores in the order of ids but in torch.
 
     Raises:
-        MoeError: If K is out of range.
+        MoeError: If K is out of range, or the backend cannot be had.
     """
     num_tokens, num_experts = scores_TE.shape
     check_range("experts_per_token", experts_per_token, low=1, high=num_experts)
+    if _on_triton(backend, scores_TE):
+        return routing.top_experts(scores_TE, experts_per_token)
     scores_TE = scores_TE.detach()
     library = _library(scores_TE, torch.float32)
     if library is None:
@@ -51,21 +62,24 @@ def top_experts(scores_TE: torch.Tensor, experts_per_token: int) -> torch.Tensor
     return expert_TK
 
 
-def top_tokens(scores_TE: torch.Tensor, capacity: int) -> torch.Tensor:
+def top_tokens(scores_TE: torch.Tensor, capacity: int, *, backend: str = "auto") -> torch.Tensor:
     """The tokens with the highest scores of each expert.
 
     Args:
         scores_TE: Scores ``(T, E)``.
         capacity: C, 0 to T.
+        backend: See above.
 
     Returns:
-        Token ids ``(E, C)``, int64, ascending; of equal scores the first tokens on the native path.
+        Token ids ``(E, C)``, int64, ascending; of equal scores the first tokens but in torch.
 
     Raises:
-        MoeError: If C is out of range.
+        MoeError: If C is out of range, or the backend cannot be had.
     """
     num_tokens, num_experts = scores_TE.shape
     check_range("capacity", capacity, low=0, high=num_tokens)
+    if _on_triton(backend, scores_TE):
+        return routing.top_tokens(scores_TE, capacity)
     scores_TE = scores_TE.detach()
     library = _library(scores_TE, torch.float32)
     if library is None or capacity == 0:
@@ -78,24 +92,63 @@ def top_tokens(scores_TE: torch.Tensor, capacity: int) -> torch.Tensor:
     return token_EC
 
 
-def sort_copies(expert_N: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def choose_in_groups(
+    scores_TE: torch.Tensor,
+    group_T: torch.Tensor,
+    group_E: torch.Tensor,
+    capacity_E: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Expert choice inside groups: the tokens with the highest scores of each expert among those of its group.
+
+    Args:
+        scores_TE: Scores ``(T, E)``.
+        group_T: Group of each token ``(T,)``; negative for none, such as padding.
+        group_E: Group of each expert ``(E,)``.
+        capacity_E: Tokens that each expert takes ``(E,)``, 0 to those of its group, which only the torch code checks.
+        backend: See above.
+
+    Returns:
+        Membership ``(T, E)``, boolean.
+
+    Raises:
+        MoeError: If the backend cannot be had, or a capacity is out of range.
+    """
+    if _on_triton(backend, scores_TE):
+        return routing.choose_in_groups(scores_TE, group_T, group_E, capacity_E)
+    is_chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+    members = {group: (group_T == group).nonzero().squeeze(1) for group in set(group_E.tolist())}
+    for expert, (group, capacity) in enumerate(zip(group_E.tolist(), capacity_E.tolist(), strict=True)):
+        own_N = members[group]
+        check_range("capacity_E", capacity, low=0, high=own_N.numel(), remedy="count the tokens of the group")
+        best = scores_TE.detach()[own_N, expert].topk(capacity).indices
+        is_chosen_TE[own_N[best], expert] = True
+    return is_chosen_TE
+
+
+def sort_copies(expert_N: torch.Tensor, num_experts: int, *, backend: str = "auto") -> ExpertOrder:
     """Sort routed copies by expert, keeping their order within each.
 
     Args:
-        expert_N: Expert of each copy ``(N,)``, int64, in ``[0, E)``.
+        expert_N: Expert of each copy ``(N,)``, int64, in ``[0, E)``; Triton does not check.
         num_experts: E.
+        backend: See above.
 
     Returns:
-        The copy in each row ``(N,)``; the row of each copy ``(N,)``; rows per expert ``(E,)``.
+        The order.
 
     Raises:
-        MoeError: If an id is out of range.
+        MoeError: If an id is out of range, or the backend cannot be had.
     """
+    if use_triton(backend, expert_N):
+        return routing.sort_copies(expert_N, num_experts)
     library = _library(expert_N, torch.int64)
     if library is None:
         order_N = torch.argsort(expert_N, stable=True)
         row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
-        return order_N, row_N, torch.bincount(expert_N, minlength=num_experts)
+        counts_E = torch.bincount(expert_N, minlength=num_experts)
+        return ExpertOrder(copy_N=order_N, row_N=row_N, counts_E=counts_E)
     expert_N = expert_N.contiguous()
     order_N, row_N = torch.empty_like(expert_N), torch.empty_like(expert_N)
     counts_E = torch.empty(num_experts, dtype=torch.int64)
@@ -104,4 +157,4 @@ def sort_copies(expert_N: torch.Tensor, num_experts: int) -> tuple[torch.Tensor,
         check_range("expert ids", int(expert_N.min()), low=0, high=num_experts - 1)
         check_range("expert ids", int(expert_N.max()), low=0, high=num_experts - 1)
         raise MemoryError(f"no memory to sort {expert_N.numel()} copies")
-    return order_N, row_N, counts_E
+    return ExpertOrder(copy_N=order_N, row_N=row_N, counts_E=counts_E)

@@ -87,6 +87,18 @@ class TokenInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertOrder:
+    """Routed copies sorted by expert, those of one expert in the order of the routing."""
+
+    copy_N: torch.Tensor
+    """The copy in each row ``(N,)``, int64."""
+    row_N: torch.Tensor
+    """The row of each copy ``(N,)``, int64."""
+    counts_E: torch.Tensor
+    """Rows per expert ``(E,)``, int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Routing:
     """Which tokens go to which experts, and with what weight each result comes back. One entry per routed copy."""
 
@@ -106,10 +118,22 @@ class Routing:
     """Normalised scores ``(T, E)`` with gradient, each row summing to 1; ``None`` for routers without parameters."""
     num_dropped: int = 0
     """Routed copies that a capacity turned away."""
+    by_expert: ExpertOrder | None = None
+    """The order by expert, where the router found it on its way; whoever drops copies must drop this too."""
 
     def expert_counts(self) -> torch.Tensor:
         """Routed copies per expert ``(E,)``, int64."""
         return torch.bincount(self.expert_N, minlength=self.num_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenOrder:
+    """The routed copies of each token, in the order of the routing: what sums over a token's copies walk along."""
+
+    copy_N: torch.Tensor
+    """Routed copies sorted by token ``(N,)``, int64."""
+    start_T1: torch.Tensor
+    """Where each token's copies start in it, and the end of all ``(T + 1,)``, int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +152,8 @@ class Dispatch:
     """Row of each routed copy in the order of the routing ``(N,)``: results are summed in that order, so that they do
     not depend on how experts are numbered."""
     num_tokens: int
+    by_token: TokenOrder | None = None
+    """The copies of each token, where Triton needs them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_kernels.dispatch import combine, dispatch
+from moe_kernels.dispatch import run_experts
 from moe_kernels.expert_parallel import exchange, exchange_counts
 from moe_kernels.experts import ExpertList, ResidualFfnStack
 from moe_kernels.layers.routed import flatten_tokens
@@ -62,8 +62,7 @@ class BaseLayer(nn.Module):
 
     def _change(self, x_TD: torch.Tensor, is_real_T: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         routing: Routing = self.router(x_TD, TokenInfo(is_real_T=is_real_T))
-        dispatched = dispatch(x_TD, routing)
-        return combine(self.experts(dispatched.rows_ND, dispatched.counts_E), dispatched), routing
+        return run_experts(x_TD, routing, self.experts), routing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from moe_kernels.errors import MoeError, check_choice, check_range
 from moe_kernels.experts import SwigluExperts
 from moe_kernels.layers.routed import RoutedLayer
 from moe_kernels.routers import logits_of
+from moe_kernels.selection import choose_in_groups
 from moe_kernels.types import Routing, TokenInfo
 
 INFERENCE = ("expert_choice", "auxiliary")
@@ -74,15 +75,11 @@ class ModalityRouter(nn.Module):
 
     def _chosen(self, score_TE: torch.Tensor, modality_T: torch.Tensor, is_real_T: torch.Tensor) -> torch.Tensor:
         """Membership ``(T, E)`` by expert choice."""
-        is_chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool)
-        for expert, modality in enumerate(self.modality_E.tolist()):
-            members = (is_real_T & (modality_T == modality)).nonzero().squeeze(1)
-            if not members.numel():
-                continue
-            capacity = max(1, members.numel() // self.group_sizes[modality])
-            best = score_TE[members, expert].topk(capacity).indices
-            is_chosen_TE[members[best], expert] = True
-        return is_chosen_TE
+        group_T = torch.where(is_real_T, modality_T, -1)
+        size_M = torch.tensor(self.group_sizes, device=group_T.device)
+        count_M = (group_T.unsqueeze(1) == torch.arange(len(size_M), device=group_T.device)).sum(0)
+        capacity_M = torch.where(count_M > 0, (count_M // size_M).clamp(min=1), 0)
+        return choose_in_groups(score_TE, group_T, self.modality_E, capacity_M[self.modality_E])
 
     def own_group(self, modality_T: torch.Tensor, is_real_T: torch.Tensor) -> torch.Tensor:
         """Pairs ``(T, E)`` of a real token and an expert of its modality.

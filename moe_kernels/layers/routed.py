@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from moe_kernels.dispatch import combine, dispatch, limit_capacity
+from moe_kernels.dispatch import limit_capacity, run_experts
 from moe_kernels.errors import MoeError, check_choice
 from moe_kernels.experts import SwigluExperts, SwigluFfn
 from moe_kernels.losses import BalanceBuffer, load_balancing_loss, z_loss
@@ -96,8 +96,7 @@ class RoutedLayer(nn.Module):
         x_TD = flatten_tokens(x, self.width)
         wanted: Routing = self.router(x_TD, info)
         routing = limit_capacity(wanted, self.capacity_factor)
-        dispatched = dispatch(x_TD, routing)
-        y_TD = combine(self.experts(dispatched.rows_ND, dispatched.counts_E), dispatched)
+        y_TD = run_experts(x_TD, routing, self.experts)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return LayerOutput(hidden=y_TD.view(x.shape), statistics=statistics_of(routing), losses=self._losses(wanted))
@@ -134,7 +133,7 @@ class TopKConfig:
     is_globally_balanced: bool = False
     """Whether the balancing loss looks at the loads of all micro-batches of an update, see `BalanceBuffer`."""
     backend: str = "auto"
-    """Backend of the experts: ``auto``, ``loop`` or ``grouped_mm``."""
+    """Backend of the experts: ``auto``, ``loop``, ``grouped_mm`` or ``triton``."""
 
     def build(self) -> RoutedLayer:
         """Build the layer.
@@ -164,4 +163,5 @@ class TopKConfig:
         if self.router == "expert_choice":
             factor = float(self.experts_per_token)
             return ExpertChoiceRouter(self.width, self.num_experts, capacity_factor=factor, score=self.score)
-        return TopKRouter(self.width, self.num_experts, self.experts_per_token, score=self.score)
+        backend = "triton" if self.backend == "triton" else "auto"
+        return TopKRouter(self.width, self.num_experts, self.experts_per_token, score=self.score, backend=backend)

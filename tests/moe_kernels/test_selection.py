@@ -45,10 +45,10 @@ def test_top_tokens_equal_torch(num_tokens, num_experts, share, is_native):
 @pytest.mark.parametrize("num_experts", [1, 6, 300])
 def test_sort_is_stable_and_has_its_inverse(num_copies, num_experts, is_native):
     expert = torch.randint(num_experts, (num_copies,), generator=torch.Generator().manual_seed(1))
-    order, row, counts = sort_copies(expert, num_experts)
-    assert torch.equal(order, expert.argsort(stable=True))
-    assert torch.equal(order[row], torch.arange(num_copies))
-    assert torch.equal(counts, torch.bincount(expert, minlength=num_experts))
+    order = sort_copies(expert, num_experts)
+    assert torch.equal(order.copy_N, expert.argsort(stable=True))
+    assert torch.equal(order.copy_N[order.row_N], torch.arange(num_copies))
+    assert torch.equal(order.counts_E, torch.bincount(expert, minlength=num_experts))
 
 
 @pytest.mark.parametrize("num_experts", [5, 64])
@@ -69,7 +69,7 @@ def test_other_dtypes_and_strides_work():
     assert torch.equal(top_experts(scores.double(), 3), top_experts(scores, 3))
     assert torch.equal(top_experts(scores.t(), 3), scores.t().topk(3, dim=1).indices)
     assert torch.equal(top_tokens(scores.t(), 3), scores.topk(3, dim=1).indices.sort(dim=1).values)
-    assert torch.equal(sort_copies(torch.arange(40)[::4] % 3, 3)[2], torch.bincount(torch.arange(40)[::4] % 3))
+    assert torch.equal(sort_copies(torch.arange(40)[::4] % 3, 3).counts_E, torch.bincount(torch.arange(40)[::4] % 3))
 
 
 def test_bad_values_are_refused():
