@@ -71,7 +71,7 @@ class GenerateConfig(Model):
     image_directory: str | None = None
     """Where pictures of the answer are written as PNG files; null is ``<forest>/generated``."""
     model: str = "ensemble"
-    """``ensemble``, ``seed``, ``elm/<domain>`` or a model directory."""
+    """``ensemble``, ``seed``, ``elm/<domain>`` or a model directory; after training with ``ffn``: ``sparse``, ``sparse/<domain>`` (DEMix) or ``dense``."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Tokens to add."""
     temperature: float = Field(default=0.0, ge=0)

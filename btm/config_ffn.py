@@ -111,7 +111,7 @@ class FfnConfig(Model):
     group_sizes: list[int] = [4, 4]
     """Experts of each modality."""
     modality_starts: list[int] = []
-    """First token id of each modality after the first, ascending."""
+    """First token id of each modality after the first, ascending; empty asks the tokenizer where its image codes begin."""
     is_noisy: bool = False
     """Gumbel-sigmoid noise on the scores of modality-aware layers in training."""
     depth_fraction: float | None = Field(default=None, gt=0, le=1)
@@ -177,9 +177,10 @@ def ffn_problems(ffn: FfnConfig) -> list[str]:
     if ffn.layer is FfnLayer.modality:
         if min(ffn.group_sizes, default=0) < 1:
             problems.append(f"ffn.group_sizes must be at least 1 each, got {ffn.group_sizes}")
-        if len(ffn.modality_starts) != len(ffn.group_sizes) - 1 or ffn.modality_starts != sorted(ffn.modality_starts):
+        starts, wanted = ffn.modality_starts, len(ffn.group_sizes) - 1
+        if starts and (len(starts) != wanted or starts != sorted(starts)):
             problems.append(
-                f"ffn.modality_starts must hold {len(ffn.group_sizes) - 1} ascending token ids, the first of each "
-                f"modality after the first, got {ffn.modality_starts}"
+                f"ffn.modality_starts must hold {wanted} ascending token ids, the first of each modality after the "
+                f"first, got {starts}; leave it empty to ask the tokenizer"
             )
     return problems

@@ -105,7 +105,7 @@ def supply_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             "a DEMix model needs the domain of each sequence: ExpertPass(domain=...); without one, take the model of "
             "one domain (load_model(..., domain=...)) or mix those of all"
         )
-    experts.begin(token_ids, getattr(module, "modality_starts", ()))
+    experts.begin(token_ids, getattr(module, "modality_starts", None))
     return args, {**kwargs, EXPERTS: experts}
 
 

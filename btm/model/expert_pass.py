@@ -46,12 +46,12 @@ class ExpertPass:
     _info: TokenInfo | None = None
     _without_gradient: set[int] = field(default_factory=set)
 
-    def begin(self, token_ids: torch.Tensor, modality_starts: Sequence[int] = ()) -> None:
+    def begin(self, token_ids: torch.Tensor, modality_starts: Sequence[int] | None = None) -> None:
         """Take the tokens of the pass; the model calls this.
 
         Args:
             token_ids: int64 [B, T].
-            modality_starts: First token id of each modality after the first.
+            modality_starts: First token id of each modality after the first; None where layers ask for no modality.
 
         Raises:
             ExpertPassError: If the pass was used before, or labels and tokens differ in shape.
@@ -61,7 +61,7 @@ class ExpertPass:
         self._check(token_ids)
         batch, length = token_ids.shape
         modality = None
-        if modality_starts:
+        if modality_starts is not None:
             borders = torch.tensor(list(modality_starts), dtype=torch.int64, device=token_ids.device)
             modality = torch.bucketize(token_ids.reshape(-1).contiguous(), borders, right=True)
         domain = None if self.domain is None else self.domain.to(token_ids.device)

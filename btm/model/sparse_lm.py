@@ -121,7 +121,7 @@ def add_experts(
 def describe(model: PreTrainedModel, ffn: FfnConfig, domains: Sequence[str]) -> None:
     """Write into a model in memory what it is made of."""
     base: Any = model.base_model
-    base.modality_starts = tuple(ffn.modality_starts) if ffn.layer is FfnLayer.modality else ()
+    base.modality_starts = tuple(ffn.modality_starts) if ffn.layer is FfnLayer.modality else None
     base.needs_domain = ffn.layer is FfnLayer.demix
     cast(Any, model).btm_sparsity = Sparsity(ffn, tuple(domains))
 

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from btm.config_ffn import FfnLayer
+from btm.config_ffn import FfnConfig, FfnLayer
+from btm.config_model import EngineName
+from btm.corpus.images.vocabulary import modality_starts
 from btm.corpus.sampler import BatchSampler
 from btm.corpus.shards import TokenShard
 from btm.corpus.tokenizer import TextEncoder, tokenizer_sha256
 from btm.corpus.windows import Windows, document_windows
-from btm.errors import CheckpointError
+from btm.errors import CheckpointError, DataError
 from btm.files import read_json
 from btm.model.causal_lm import build_model, load_model
 from btm.model.demix import freeze_except
@@ -53,7 +55,7 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
     sampler = _make_sampler(spec, model, eos_id)
     store = CheckpointStore(output / _CHECKPOINTS, keep=spec.train.keep_checkpoints)
     own = _own_checkpoint(store, spec, sha256, ranks)
-    engine = TorchEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
+    engine = _engine_of(model, spec, ranks)
     if own is not None:
         progress = _load(engine, own)
     elif spec.start.kind == "checkpoint":
@@ -69,6 +71,14 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
     if own is not None:
         trainer.mark_saved()
     return trainer
+
+
+def _engine_of(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks) -> Engine:
+    if spec.engine.name is EngineName.torch:
+        return TorchEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
+    from btm.train.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
 
 
 def check_output(spec: TrainSpec, ranks: Ranks) -> None:
@@ -183,7 +193,7 @@ def _initial_model(spec: TrainSpec, vocab_size: int, eos_id: int) -> "PreTrained
     sparsity = sparsity_of(model)
     if sparsity is None:
         domains = list(dict.fromkeys(source.domain for source in spec.sources))
-        add_experts(model, spec.ffn, domains, seed=spec.seed, is_pretrained=bool(directory))
+        add_experts(model, _with_modalities(spec), domains, seed=spec.seed, is_pretrained=bool(directory))
     elif spec.ffn.is_sparse:
         if spec.ffn.layer is not sparsity.ffn.layer:
             raise CheckpointError(
@@ -197,6 +207,20 @@ def _initial_model(spec: TrainSpec, vocab_size: int, eos_id: int) -> "PreTrained
     if spec.trains_auxiliary_only and not freeze_except_auxiliary(model):
         raise CheckpointError(f"{directory or spec.ffn.layer} has no auxiliary routers; train a model of ffn=modality")
     return model
+
+
+def _with_modalities(spec: TrainSpec) -> FfnConfig:
+    """The expert layers asked for, with the ids at which modalities begin."""
+    ffn = spec.ffn
+    if ffn.layer is not FfnLayer.modality or ffn.modality_starts:
+        return ffn
+    starts = list(modality_starts(spec.tokenizer_dir))
+    if len(starts) != len(ffn.group_sizes) - 1:
+        raise DataError(
+            f"{spec.tokenizer_dir} has {len(starts) + 1} modalities, ffn.group_sizes={ffn.group_sizes} asks for "
+            f"{len(ffn.group_sizes)}; train on pictures (data.images), or give ffn.modality_starts"
+        )
+    return ffn.model_copy(update={"modality_starts": starts})
 
 
 def _dev_windows(spec: TrainSpec, eos_id: int) -> dict[str, Windows]:

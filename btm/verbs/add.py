@@ -27,6 +27,13 @@ def main(config: Config) -> None:
     """Add ``config.domain`` to the forest."""
     domain, console = check_name(required_domain(config, "add")), console_for(config)
     forest = existing_forest(config)
+    if config.ffn.is_sparse:
+        raise ConfigError(
+            [
+                f"{config.forest} holds one model with ffn={config.ffn.layer}, which no ELM can join; give a DEMix "
+                f"model a domain in Python (btm.model.demix.add_domain), or train a forest with ffn=dense"
+            ]
+        )
     if domain in ("seed", *forest.domains):
         raise ForestError(f"the forest {config.forest} already has an ELM {domain!r}; remove it first")
     if not config.data.path and config.model.path and not _was_seed_path(config):

@@ -103,6 +103,8 @@ def load(forest: Forest, config: Config) -> Any:
     from btm.model.causal_lm import load_model
 
     name = config.generate.model
+    if config.ffn.is_sparse and name.partition("/")[0] in ("ensemble", "sparse", "dense"):
+        return _load_trained(forest, config)
     if name == "ensemble":
         return load_forest_ensemble(forest, config.ensemble, domain=config.domain)
     if name == "seed" or name.startswith("elm/"):
@@ -111,3 +113,19 @@ def load(forest: Forest, config: Config) -> Any:
         return load_model(Path(name), torch.float32)
     known = ["ensemble", "seed", *(f"elm/{domain}" for domain in forest.domains)]
     raise ConfigError([f"generate.model must be one of {known} or a model directory, got {name!r}"])
+
+
+def _load_trained(forest: Forest, config: Config) -> Any:
+    """The sparse model, the mixture over its domains where it has them, one domain's model, or the dense baseline."""
+    import torch
+
+    from btm.config_ffn import FfnLayer
+    from btm.ensemble.demix import load_demix_ensemble
+    from btm.forest_models import trained_length
+    from btm.model.causal_lm import load_model
+
+    model, _, domain = config.generate.model.replace("ensemble", "sparse").partition("/")
+    directory = forest.path / "runs" / model / "model"
+    if model == "sparse" and config.ffn.layer is FfnLayer.demix and not domain:
+        return load_demix_ensemble(directory, config=config.ensemble, sequence_length=trained_length(forest))
+    return load_model(directory, torch.float32, domain=domain or None)

@@ -203,6 +203,17 @@ def test_a_pass_serves_one_forward_and_calls_may_follow_each_other(make_sparse, 
         logits(model, ids, ExpertPass(domain=torch.tensor([0])))
 
 
+@pytest.mark.parametrize("kind", ["top_k", "shared", "base", "modality", "depths"])
+def test_generation_with_a_cache_gives_what_it_gives_without(make_sparse, ids, kind):
+    model = make_sparse(kind).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    options = {"max_new_tokens": 10, "do_sample": False, "attention_mask": torch.ones_like(ids), "eos_token_id": None}
+    cached, plain = (model.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached, plain)
+    assert cached.shape == (3, 30)
+
+
 def test_padding_is_taken_from_the_mask_of_transformers(make_sparse, ids):
     model = make_sparse("top_k").eval()
     mask = torch.ones_like(ids)

@@ -287,6 +287,14 @@ def test_auxiliary_routers_learn_after_the_model_and_nothing_else_moves(make_spe
         assert learnt[-1][f"experts/0/{name}"] < 0.95 * learnt[0][f"experts/0/{name}"]
 
 
+def test_modalities_are_asked_from_the_tokenizer(make_spec):
+    """The tokenizer of this corpus has no image codes, which two groups of experts need."""
+    spec = make_spec("two", ffn=FfnConfig(layer="modality", group_sizes=[2, 2]))
+    assert run(spec) == 1
+    assert "has 1 modalities, ffn.group_sizes=[2, 2] asks for 2" in log(spec)
+    assert run(make_spec("one", ffn=FfnConfig(layer="modality", group_sizes=[3]), last_update=2)) == 0
+
+
 def test_a_start_with_other_expert_layers_is_refused(make_spec):
     first = make_spec("first", ffn=FfnConfig(**SMALL_FFN), last_update=2)
     assert run(first) == 0
