@@ -44,7 +44,7 @@ def test_an_array_of_three_jobs_makes_the_same_forest_as_one_machine(cluster, tm
     assert elm_hashes(forest) == reference
 
 
-def test_a_failed_element_keeps_the_last_job_from_merging_short(cluster, tmp_path, arguments):
+def test_a_failed_job_keeps_those_behind_it_from_going_on_short(cluster, tmp_path, arguments):
     forest = tmp_path / "forest"
     broken = [item for item in arguments if "domains.docs" not in item]
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "too short"}) + "\n")
@@ -73,7 +73,7 @@ def test_preempted_elements_write_a_checkpoint_and_continue(cluster, forest, arg
 
 
 def test_the_last_checkpoint_is_written_before_the_limit(cluster, forest, arguments):
-    longer = [item if "train.tokens" not in item else "train.tokens=8192000" for item in arguments]
+    longer = [item if "train.tokens" not in item else "train.tokens=3072000" for item in arguments]
     shutil.rmtree(forest)
     run_btm("step", *longer, "steps=[prepare,seed]", f"forest={forest}", cwd=forest.parent)
     job = begin_array(cluster, forest, "--time=1", "--signal=TERM@45")
