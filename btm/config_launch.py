@@ -70,6 +70,7 @@ class LaunchConfig(Model):
     poll_interval_s: float = Field(default=0.2, gt=0, le=60)
     """Seconds between two looks at the running tasks."""
     slurm: SlurmConfig = SlurmConfig()
+    """How ``launch=slurm`` submits its jobs."""
     """How jobs are submitted with ``launch=slurm``."""
 
 
