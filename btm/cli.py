@@ -86,7 +86,10 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
         try:
             parsed = OverridesParser.create().parse_override(argument)
         except HydraException as error:
-            problems.append(f"{argument!r} is not an override ({str(error).splitlines()[0]}); write key=value")
+            problems.append(
+                f"{argument!r} is not an override ({str(error).splitlines()[0]}); write key=value, and a value with "
+                f"other signs than letters and digits in double quotes inside single ones: 'key=\"a <value>\"'"
+            )
             continue
         key = parsed.key_or_group or "="
         if key == "=":

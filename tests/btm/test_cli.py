@@ -64,6 +64,7 @@ def test_every_command_has_a_module():
         ("train.lr", None),
         ("=3", "is not an override"),
         ("train.lr=[1", "is not an override"),
+        ("generate.prompt=a <b>", "in double quotes"),
     ],
 )
 def test_wrong_overrides_name_the_nearest_key(override, words):
