@@ -1,7 +1,7 @@
 """Keys ``model.*`` and ``engine.*``: what one model is and what runs its forward, backward and update."""
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -40,14 +40,95 @@ class Dtype(StrEnum):
     fp32 = "fp32"
 
 
+class EngineName(StrEnum):
+    """Who runs forward, backward and the optimizer step."""
+
+    torch = "torch"
+    deepspeed = "deepspeed"
+
+
+class Offload(StrEnum):
+    """What leaves the device between its uses."""
+
+    none = "none"
+    optimizer = "optimizer"
+    all = "all"
+
+
 class EngineConfig(Model):
     """What runs forward, backward and the optimizer step of one model."""
 
-    name: Literal["torch"] = "torch"
-    """Engine."""
+    name: EngineName = EngineName.torch
+    """Engine: torch, or deepspeed (ZeRO, https://arxiv.org/abs/1910.02054)."""
     dtype: Dtype = Dtype.bf16
     """Arithmetic of forward and backward."""
     num_processes: int = Field(default=1, ge=1)
     """Data-parallel processes per model."""
     deterministic: bool = True
     """Only algorithms that give the same bits every time."""
+    zero_stage: int | None = Field(default=None, ge=0, le=3)
+    """With deepspeed, what processes share out: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too; null is 2."""
+    offload: Offload = Offload.none
+    """With deepspeed, what lies in CPU memory: none, optimizer (master weights and moments; ZeRO 1-3), all (weights too; ZeRO 3)."""
+    deepspeed: dict[str, Any] = {}
+    """Further keys of DeepSpeed's own configuration, such as ``zero_optimization.reduce_bucket_size``."""
+
+
+OPEN_DEEPSPEED_KEYS = (
+    "aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "wall_clock_breakdown",
+    "zero_optimization",
+)  # fmt: skip
+"""Keys of DeepSpeed's configuration that ``engine.deepspeed`` takes: what changes speed and memory, not what is learnt."""
+_NVME = (
+    "engine.offload=optimizer or all; offload to NVMe is not supported, checkpoints could not be gathered from there"
+)
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.batch_tokens",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_sequences",
+    "gradient_accumulation_steps": "train.micro_batch_sequences",
+    "gradient_clipping": "train.clip_norm",
+    "optimizer": "train.lr, train.beta1, train.beta2, train.eps and train.weight_decay",
+    "scheduler": "train.schedule",
+    "bf16": "engine.dtype=bf16",
+    "bfloat16": "engine.dtype=bf16",
+    "fp16": "engine.dtype=bf16 or fp32",
+    "amp": "engine.dtype=bf16 or fp32",
+    "torch_autocast": "engine.dtype=bf16 or fp32",
+    "data_types": "engine.dtype=bf16 or fp32",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": _NVME,
+    "zero_optimization.offload_param": _NVME,
+    "zero_optimization.cpu_offload": "engine.offload=optimizer",
+    "zero_optimization.cpu_offload_param": "engine.offload=all",
+}
+"""Keys of DeepSpeed's configuration that follow from ours -> ours."""
+
+
+def engine_problems(engine: EngineConfig, *, is_sparse: bool) -> list[str]:
+    """List contradictions between the keys of ``engine``, worded for the user."""
+    if engine.name is EngineName.torch:
+        asked = {"zero_stage": engine.zero_stage is not None, "offload": engine.offload is not Offload.none}
+        asked["deepspeed"] = bool(engine.deepspeed)
+        return [f"engine.{key} needs engine=deepspeed, got engine=torch" for key, is_asked in asked.items() if is_asked]
+    problems = []
+    stage = 2 if engine.zero_stage is None else engine.zero_stage
+    least = {Offload.none: 0, Offload.optimizer: 1, Offload.all: 3}[engine.offload]
+    if stage < least:
+        problems.append(f"engine.offload={engine.offload} needs engine.zero_stage of at least {least}, got {stage}")
+    if is_sparse:
+        problems.append("engine=deepspeed trains dense models only, got expert layers (ffn); use engine=torch")
+    return problems + _deepspeed_problems(engine.deepspeed)
+
+
+def _deepspeed_problems(given: dict[str, Any]) -> list[str]:
+    zero = given.get("zero_optimization")
+    nested = {f"zero_optimization.{key}" for key in zero} if isinstance(zero, dict) else set()
+    problems = []
+    for key in sorted(given.keys() | nested):
+        if key in OWNED_DEEPSPEED_KEYS:
+            problems.append(f"engine.deepspeed.{key} follows from other keys; set {OWNED_DEEPSPEED_KEYS[key]} instead")
+        elif "." not in key and key not in OPEN_DEEPSPEED_KEYS:
+            problems.append(f"engine.deepspeed.{key} is not taken; it takes {', '.join(OPEN_DEEPSPEED_KEYS)}")
+    if "zero_optimization" in given and not isinstance(zero, dict):
+        problems.append(f"engine.deepspeed.zero_optimization must be a table of keys, got {zero!r}")
+    return problems

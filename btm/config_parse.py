@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from btm.config import Config
 from btm.config_ffn import SWIGLU_ARCHITECTURES, FfnLayer, ffn_problems
 from btm.config_merge import MergeMethodName
+from btm.config_model import engine_problems
 from btm.config_train import BranchOptimizer, BranchSource
 from btm.errors import ConfigError
 from btm.files import name_problem
@@ -167,6 +168,7 @@ def _other_problems(config: Config) -> list[str]:
             f"launch.cpus_per_elm must be at least engine.num_processes ({config.engine.num_processes}), "
             f"got {config.launch.cpus_per_elm}"
         )
+    problems += engine_problems(config.engine, is_sparse=config.ffn.is_sparse)
     for key in model.extra:
         if names_secret(key):
             problems.append(f"model.extra.{key} looks like a secret; secrets come from the environment only")

@@ -19,10 +19,14 @@ _FREE_KEYS = (
     "train.max_bad_steps",
     "train.spike_factor",
     "train.micro_batch_sequences",
+    "engine.name",
     "engine.num_processes",
+    "engine.offload",
+    "engine.zero_stage",
 )
-"""What may differ between a checkpoint and the request that continues it: where files lie, and how a run is cut into
-files, passes and processes. None of it changes what is learnt beyond rounding."""
+"""What may differ between a checkpoint and the request that continues it: where files lie, how a run is cut into files,
+passes and processes, and who runs it. None of it changes what is learnt beyond rounding."""
+_FREE_TABLE = "engine.deepspeed"
 _DIVISION_KEYS = ("train.micro_batch_sequences", "engine.num_processes")
 """Of these, what decides which tokens meet in one pass."""
 
@@ -81,7 +85,7 @@ def _is_free(key: str, spec: TrainSpec) -> bool:
     # Layers that balance or limit loads look at all tokens of a pass.
     if key in _DIVISION_KEYS and spec.ffn.layer not in (FfnLayer.dense, FfnLayer.demix):
         return False
-    return key in _FREE_KEYS or key.endswith(".prefix")
+    return key in _FREE_KEYS or key.endswith(".prefix") or key.startswith(_FREE_TABLE)
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from btm.config_ffn import FfnConfig, FfnLayer
+from btm.config_model import EngineName
 from btm.corpus.images.vocabulary import modality_starts
 from btm.corpus.sampler import BatchSampler
 from btm.corpus.shards import TokenShard
@@ -54,7 +55,7 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
     sampler = _make_sampler(spec, model, eos_id)
     store = CheckpointStore(output / _CHECKPOINTS, keep=spec.train.keep_checkpoints)
     own = _own_checkpoint(store, spec, sha256, ranks)
-    engine = TorchEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
+    engine = _engine_of(model, spec, ranks)
     if own is not None:
         progress = _load(engine, own)
     elif spec.start.kind == "checkpoint":
@@ -70,6 +71,14 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
     if own is not None:
         trainer.mark_saved()
     return trainer
+
+
+def _engine_of(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks) -> Engine:
+    if spec.engine.name is EngineName.torch:
+        return TorchEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
+    from btm.train.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
 
 
 def check_output(spec: TrainSpec, ranks: Ranks) -> None:

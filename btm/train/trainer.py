@@ -101,6 +101,8 @@ class Trainer:
         if self._saved_update == progress.update:
             return
         self._saved_update = progress.update
+        # On every rank: an engine that shares out its state gathers it here.
+        tensor_files = self._run.engine.tensor_files()
         if self._run.metrics is None:
             return
         self._run.metrics.sync()
@@ -109,7 +111,7 @@ class Trainer:
             tokenizer_sha256=self._run.tokenizer_sha256,
             progress=progress,
         )
-        self._run.store.save(progress.update, self._run.engine.tensor_files(), state.model_dump_json(by_alias=True))
+        self._run.store.save(progress.update, tensor_files, state.model_dump_json(by_alias=True))
 
     def mark_saved(self) -> None:
         """Say that the state now held came from the run's own checkpoint."""

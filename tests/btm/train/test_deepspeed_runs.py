@@ -1,0 +1,114 @@
+"""Whole DeepSpeed runs: killed and continued, also by other stages, numbers of processes and engines."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+
+import deepspeed_ready  # noqa: F401
+import pytest
+from training_runs import kill, last_checkpoint, log, outcome, rows, run, run_group, start_group, wait, wait_for
+
+from btm.config_model import EngineConfig
+from btm.requests import TrainSpec
+from btm.train.checkpoint import CheckpointStore
+
+pytestmark = pytest.mark.distributed
+SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""Tiny weights are cut up, too."""
+KILLED, PEER_LOST = -signal.SIGKILL, 75
+
+
+def by_deepspeed(spec: TrainSpec, stage: int, world: int, **engine) -> TrainSpec:
+    settings = {"dtype": "fp32", "name": "deepspeed", "zero_stage": stage, "num_processes": world, "deepspeed": SMALL}
+    return spec.model_copy(update={"engine": EngineConfig(**(settings | engine))})
+
+
+def by_torch(spec: TrainSpec, world: int) -> TrainSpec:
+    return spec.model_copy(update={"engine": EngineConfig(dtype="fp32", num_processes=world)})
+
+
+def dying_after(update: int, victim: int = 0) -> Callable[[int], None]:
+    """Let one rank kill itself as soon as the checkpoint of ``update`` is its turn to be, or has been, written."""
+
+    def prepare(rank: int) -> None:
+        if rank != victim:
+            return
+        original = CheckpointStore.save
+
+        def save(self, number: int, *arguments):
+            path = original(self, number, *arguments)
+            if number == update:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return path
+
+        CheckpointStore.save = save
+
+    return prepare
+
+
+def test_a_run_goes_on_with_other_stages_numbers_of_processes_and_engines(make_spec):
+    reference, spec = make_spec("reference"), make_spec()
+    assert run(reference) == 0
+    attempts = [(by_deepspeed(spec, 2, 2), 5), (by_deepspeed(spec, 3, 1), 10), (by_torch(spec, 2), 15)]
+    for number, (attempt, update) in enumerate(attempts):
+        world = attempt.engine.num_processes
+        codes = [wait(pid) for pid in start_group(attempt, world, before=dying_after(update), attempt=number)]
+        assert codes == [KILLED, PEER_LOST][:world], log(spec)
+        assert last_checkpoint(spec) == update
+    assert run_group(by_deepspeed(spec, 3, 2), 2, attempt=9) == [0, 0], log(spec)
+    same_curve(spec, reference)
+
+
+def same_curve(spec: TrainSpec, reference: TrainSpec) -> None:
+    for ours, right in zip(rows(spec), rows(reference), strict=True):
+        assert ours.keys() == right.keys()
+        assert list(ours.values()) == pytest.approx(list(right.values()), rel=1e-4)
+    kept = ("realised_tokens", "updates", "num_parameters", "tokens", "flops")
+    results = [outcome(one)["result"] for one in (spec, reference)]
+    assert [results[0][key] for key in kept] == [results[1][key] for key in kept]
+
+
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in range(3)), 3])
+def test_a_killed_run_ends_with_the_bits_of_the_run_that_was_not(make_spec, stage):
+    dtype = {"dtype": "bf16"} if stage in (1, 3) else {}
+    reference, spec = (by_deepspeed(make_spec(name), stage, 2, **dtype) for name in ("reference", "seed"))
+    assert run_group(reference, 2) == [0, 0], log(reference)
+    codes = [wait(pid) for pid in start_group(spec, 2, before=dying_after(10))]
+    assert codes == [KILLED, PEER_LOST], log(spec)
+    assert run_group(spec, 2, attempt=1) == [0, 0], log(spec)
+    assert outcome(spec) == outcome(reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_kills_of_either_rank_at_random_moments_change_nothing(make_spec, stage):
+    changes = {"last_update": 120, "total_updates": 120, "checkpoint_every": 3}
+    reference, spec = (by_deepspeed(make_spec(name, **changes), stage, 2) for name in ("reference", "seed"))
+    assert run_group(reference, 2) == [0, 0], log(reference)
+    generator = random.Random(stage)
+    for attempt, victim in enumerate((1, 0, 1, 0)):
+        before = last_checkpoint(spec)
+        pids = start_group(spec, 2, attempt=attempt)
+        wait_for(lambda before=before: last_checkpoint(spec) > before)
+        time.sleep(generator.uniform(0.0, 0.05))
+        assert kill(pids[victim]) == KILLED
+        assert wait(pids[1 - victim]) == PEER_LOST, log(spec)
+    assert run_group(spec, 2, attempt=9) == [0, 0], log(spec)
+    assert outcome(spec) == outcome(reference)
+
+
+@pytest.mark.slow
+def test_a_branch_continues_the_seeds_optimizer_under_another_engine(make_spec):
+    """Half of a forest by one engine, half by another: an ELM of DeepSpeed branches from a seed of the torch engine."""
+    from btm.requests import Start
+
+    seed = make_spec("seed")
+    assert run(seed) == 0
+    branch = {"start": Start(kind="checkpoint", path=seed.output_dir), "first_update": 20, "last_update": 40}
+    reference, spec = (make_spec(name, domains=("ants",), **branch) for name in ("by-torch", "by-deepspeed"))
+    assert run(reference) == 0, log(reference)
+    spec = by_deepspeed(spec, 3, 2)
+    assert run_group(spec, 2) == [0, 0], log(spec)
+    same_curve(spec, reference)
