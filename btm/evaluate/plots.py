@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btm.evaluate.plots_style import GREY, INK, LIGHT_GREY, new_figure, plot_style, short
+from btm.evaluate.plots_style import GREY, INK, LIGHT_GREY, SPARSE, new_figure, plot_style, short
 from btm.records import Evaluation, Ledger
 from btm.tables import domain_label, format_count, format_duration, format_flops, format_perplexity
 
@@ -24,6 +24,7 @@ _COMPARED = {
     "average/uniform": ("#bb5566", "uniform average"),
     "average/posterior": ("#66ccee", "posterior average"),
     "dense": ("#222222", "dense"),
+    "sparse": (SPARSE, "sparse"),
     "ensemble": ("#4477aa", "ensemble"),
 }
 
@@ -67,7 +68,7 @@ def perplexity_matrix(evaluation: Evaluation) -> "Figure":
 
 
 def domain_bars(evaluation: Evaluation, ensemble: str) -> "Figure | None":
-    """Perplexity by domain of seed, dense, averages and ensembles with 95 % bootstrap intervals.
+    """Perplexity by domain of seed, dense, sparse, averages and ensembles with 95 % bootstrap intervals.
 
     Args:
         evaluation: What was measured.
@@ -124,7 +125,7 @@ def prior_matrix(evaluation: Evaluation) -> "Figure | None":
         axes.set_yticks(range(len(priors)), [short(domain) for domain in priors])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        axes.set_xlabel("ELM")
+        axes.set_xlabel("model of the domain" if "sparse" in evaluation.models else "ELM")
         axes.set_ylabel("target domain")
     return figure
 
@@ -146,7 +147,8 @@ def ledger_bars(ledgers: dict[str, Ledger]) -> "Figure | None":
         first = figure.axes[0]
         first.set_yticks(range(len(ledgers)), [short(name, 36) for name in ledgers])
         first.set_ylim(len(ledgers) - 0.5, -0.5)
-        figure.legend(*first.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+        if "seed" in ledgers:
+            figure.legend(*first.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from btm.evaluate.plots_style import GREY, INK, LIGHT_GREY, colours, dashes, new_figure, plot_style, short
+from btm.evaluate.plots_style import GREY, INK, LIGHT_GREY, SPARSE, colours, dashes, new_figure, plot_style, short
 from btm.tables import format_count
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _MOST_POINTS = 400
 _SMOOTHING_SHARE = 1 / 25
 _PANELS_PER_ROW = 4
+_DEV_LINES = {"seed": (GREY, "seed"), "sparse": (SPARSE, "sparse"), "dense": (INK, "dense")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Curve:
     """Loss of one run."""
 
     name: str
-    """``seed``, ``dense``, ``elm/<domain>`` or ``random/<index>``."""
+    """``seed``, ``sparse``, ``dense``, ``elm/<domain>`` or ``random/<index>``."""
     tokens: Sequence[float]
     """Tokens that the model had read, its ancestors' included; rising."""
     losses: Sequence[float]
@@ -32,7 +33,7 @@ class Curve:
 
     @property
     def kind(self) -> str:
-        """``seed``, ``dense``, ``elm`` or ``random``."""
+        """``seed``, ``sparse``, ``dense``, ``elm`` or ``random``."""
         return self.name.split("/", 1)[0]
 
 
@@ -45,7 +46,7 @@ def loss_curves(curves: Sequence[Curve]) -> "Figure | None":
     curves = [curve for curve in curves if len(curve.tokens) > 0]
     if not curves:
         return None
-    branches = [curve for curve in curves if curve.kind not in ("seed", "dense")]
+    branches = [curve for curve in curves if curve.kind not in ("seed", "sparse", "dense")]
     with plot_style():
         figure = new_figure(10.4, 4.2)
         panels = figure.subplots(1, 2 if branches and len(branches) < len(curves) else 1, squeeze=False)[0]
@@ -57,7 +58,7 @@ def loss_curves(curves: Sequence[Curve]) -> "Figure | None":
             _draw_all(panels[1], branches)
             _finish(panels[1], branches)
             panels[1].set_title("the branches, enlarged", loc="left")
-        figure.supxlabel("tokens read, the seed phase included", fontsize=9.5)
+        figure.supxlabel(_tokens_label(curves), fontsize=9.5)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", handlelength=1.6)
     return figure
@@ -84,7 +85,7 @@ def dev_curves(curves: Mapping[str, Sequence[Curve]]) -> "Figure | None":
         handles = {}
         for axes, (domain, found) in zip(grid.flat, panels.items(), strict=False):
             for curve in found:
-                ink, label = {"seed": (GREY, "seed"), "dense": (INK, "dense")}.get(curve.kind, ("#4477aa", "own ELM"))
+                ink, label = _DEV_LINES.get(curve.kind, ("#4477aa", "own ELM"))
                 marker = "o" if len(curve.tokens) < 12 else None
                 (line,) = axes.plot(curve.tokens, curve.losses, color=ink, linewidth=1.6, marker=marker, markersize=3)
                 handles.setdefault(label, line)
@@ -92,7 +93,7 @@ def dev_curves(curves: Mapping[str, Sequence[Curve]]) -> "Figure | None":
             _finish(axes, found)
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
-        figure.supxlabel("tokens read, the seed phase included", fontsize=9.5)
+        figure.supxlabel(_tokens_label([c for found in panels.values() for c in found]), fontsize=9.5)
         figure.supylabel("dev loss in nats per token", fontsize=9.5)
         figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=3)
     return figure
@@ -108,16 +109,21 @@ def smoothed(values: Sequence[float], share: float = _SMOOTHING_SHARE) -> np.nda
     return result
 
 
+def _tokens_label(curves: Sequence[Curve]) -> str:
+    has_seed = any(curve.kind not in ("sparse", "dense") for curve in curves)
+    return "tokens read, the seed phase included" if has_seed else "tokens read"
+
+
 def _draw_all(axes: "Axes", curves: Sequence[Curve]) -> None:
-    elms = [curve.name for curve in curves if curve.kind not in ("seed", "dense", "random")]
+    elms = [curve.name for curve in curves if curve.kind not in ("seed", "sparse", "dense", "random")]
     colour, dash = colours(elms), dashes(elms)
     random = [curve for curve in curves if curve.kind == "random"]
     for index, curve in enumerate(random):
         _draw(axes, curve, LIGHT_GREY, label=f"random split ({len(random)})" if index == 0 else None, width=0.9)
     for curve in curves:
         if curve.kind != "random":
-            ink = {"seed": GREY, "dense": INK}.get(curve.kind) or colour[curve.name]
-            width = 2.2 if curve.kind in ("seed", "dense") else 1.4
+            ink = {"seed": GREY, "sparse": SPARSE, "dense": INK}.get(curve.kind) or colour[curve.name]
+            width = 2.2 if curve.kind in ("seed", "sparse", "dense") else 1.4
             _draw(axes, curve, ink, label=short(curve.name), width=width, dash=dash.get(curve.name, "-"))
 
 

@@ -18,8 +18,12 @@ _LONGEST_TOKEN = 14
 _SPACES = {"\n": "\u21b5", "\t": "\u21e5", " ": "\u2423", "\r": "\u240d"}
 
 
-def posterior_plot(trace: PosteriorTrace) -> "Figure | None":
+def posterior_plot(trace: PosteriorTrace, members: str = "ELM") -> "Figure | None":
     """Stacked areas of the ELMs' posterior weights over token positions, some of the tokens on the axis.
+
+    Args:
+        trace: What was measured.
+        members: What the mixed models are called.
 
     Returns:
         The figure; None for an empty trace.
@@ -51,7 +55,7 @@ def posterior_plot(trace: PosteriorTrace) -> "Figure | None":
         axes.set_ylabel("posterior weight")
         every = "every token" if step == 1 else f"every {_ordinal(step)} token"
         axes.set_xlabel(f"the document as it is read, {len(weights)} tokens ({every} is named)")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), title="ELM", alignment="left", reverse=True)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), title=members, alignment="left", reverse=True)
     return figure
 
 

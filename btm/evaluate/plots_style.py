@@ -20,6 +20,7 @@ LONGEST_NAME = 30
 INK = "#222222"
 GREY = "#8a8a8a"
 LIGHT_GREY = "#c8c8c8"
+SPARSE = "#228833"
 _PALETTE = (
     "#4477aa",
     "#ee7733",

@@ -1,8 +1,8 @@
 """``python -m btm.evaluate.report <forest>``: one self-contained HTML page about a forest.
 
 The page needs no network and no script, and says in words whether the run showed what Branch-Train-Merge promises
-(https://arxiv.org/abs/2208.03306), also where it did not. Parts that a forest does not have (yet) are named and left
-out.
+(https://arxiv.org/abs/2208.03306), or how a sparse model compares with a dense one, also where it is no better. Parts
+that a forest does not have (yet) are named and left out.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from btm.evaluate.plots_curves import dev_curves, loss_curves
 from btm.evaluate.plots_lineage import lineage_plot
 from btm.evaluate.plots_posterior import posterior_plot
 from btm.evaluate.report_data import ReportData, dev_curves_of, load_report_data, loss_curves_of
+from btm.evaluate.report_experts import expert_parts
 from btm.evaluate.report_reading import reading
 from btm.evaluate.report_reproduce import reproduce_parts
 from btm.evaluate.report_tables import (
@@ -26,9 +27,10 @@ from btm.evaluate.report_tables import (
     perplexity_table,
     runs_table,
 )
-from btm.evaluate.report_verdicts import Verdict, headline, main_ensemble, verdicts
+from btm.evaluate.report_verdicts import headline, verdicts
+from btm.evaluate.report_verdicts_compare import Verdict, main_ensemble
 from btm.files import write_atomic
-from btm.records import Evaluation, PosteriorTrace
+from btm.records import PosteriorTrace
 from btm.tables import format_count, plain
 
 _MOST_TRACES = 4
@@ -53,12 +55,13 @@ def write_report(forest_dir: Path) -> Path:
 def report_page(data: ReportData, fallback_name: str) -> str:
     """The whole page as HTML text."""
     name = data.manifest.name if data.manifest else fallback_name
-    found = verdicts(data)
+    kind, found = "Sparse model" if data.is_sparse else "Forest", verdicts(data)
     sections = [
         ("summary", "Summary", _summary(data, found)),
-        ("perplexity", "Perplexity", _perplexity(data.evaluation)),
+        ("perplexity", "Perplexity", _perplexity(data)),
         ("training", "Training", _training(data)),
-        ("posterior", "Domain posterior", _posterior(data.evaluation)),
+        ("experts", "Expert layers", expert_parts(data)),
+        ("posterior", "Domain posterior", _posterior(data)),
         ("added", "Domains added later", _added(data)),
         ("ledger", "Ledger", _ledger(data)),
         ("lineage", "Lineage", _lineage(data)),
@@ -68,13 +71,13 @@ def report_page(data: ReportData, fallback_name: str) -> str:
     shown = [(key, title, parts) for key, title, parts in shown if parts]
     links = "".join(f'<a href="#{key}">{web.escape(title)}</a>' for key, title, _ in shown)
     body = [
-        f"<header><h1>Forest {web.escape(name)}</h1>{web.paragraph(_subtitle(data), soft=True)}",
+        f"<header><h1>{kind} {web.escape(name)}</h1>{web.paragraph(_subtitle(data), soft=True)}",
         f'<nav aria-label="Sections">{links}</nav></header>',
         "<main>",
         *(web.section(key, title, *parts) for key, title, parts in shown),
         "</main>",
     ]
-    return web.page(f"Forest {plain(name)}: report", body)
+    return web.page(f"{kind} {plain(name)}: report", body)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,14 +96,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _subtitle(data: ReportData) -> str:
     facts = []
-    if data.manifest:
+    if data.is_sparse:
+        results = [run.result for run in data.runs if run.name == "sparse" and run.result]
+        facts = [f"{format_count(result.num_parameters)} parameters" for result in results]
+        facts += [f"vocabulary of {data.manifest.vocab_size:,}"] if data.manifest else []
+    elif data.manifest:
         facts.append(f"{len(data.manifest.elms)} ELMs")
         records = [*([data.manifest.seed] if data.manifest.seed else []), *data.manifest.elms]
         if records:
             facts.append(f"{format_count(records[-1].num_parameters)} parameters each")
             facts.append(f"vocabulary of {data.manifest.vocab_size:,}")
             facts.append(f"last change {max(record.created for record in records)[:16].replace('T', ' ')} UTC")
-    return "; ".join(facts) or "There is no manifest (forest.json), so little is known of this forest."
+    return "; ".join(facts) or "There is no manifest (forest.json), so little is known of this run."
 
 
 def _summary(data: ReportData, found: Sequence[Verdict]) -> list[str]:
@@ -116,10 +123,13 @@ def _summary(data: ReportData, found: Sequence[Verdict]) -> list[str]:
     return parts
 
 
-def _perplexity(evaluation: Evaluation | None) -> list[str]:
+def _perplexity(data: ReportData) -> list[str]:
+    evaluation = data.evaluation
     if evaluation is None or not evaluation.models:
         return [web.paragraph("Nothing was evaluated; `btm evaluate` measures a forest.")]
     ensemble = main_ensemble(evaluation)
+    shown = f" ({ensemble} shown)" if ensemble in evaluation.models else ""
+    framed = "best model" if data.is_sparse else "best ELM and the best other model"
     return [
         web.paragraph(
             f"Perplexity per token of the shared tokenizer on held-out test documents, read in windows of "
@@ -130,13 +140,13 @@ def _perplexity(evaluation: Evaluation | None) -> list[str]:
         web.heading("Comparison by domain"),
         web.figure(
             domain_bars(evaluation, ensemble),
-            f"Test perplexity per token by domain with 95 % bootstrap intervals over documents ({ensemble} shown).",
+            f"Test perplexity per token by domain with 95 % bootstrap intervals over documents{shown}.",
         ),
         web.heading("Every model on every domain"),
         web.figure(
             perplexity_matrix(evaluation),
             "Perplexity of each model (rows) on each domain (columns). Colour is the perplexity divided by the best "
-            "of the domain, on a log scale; the best ELM and the best other model of each domain are framed.",
+            f"of the domain, on a log scale; the {framed} of each domain framed.",
         ),
     ]
 
@@ -144,45 +154,49 @@ def _perplexity(evaluation: Evaluation | None) -> list[str]:
 def _training(data: ReportData) -> list[str]:
     if not data.runs:
         return [web.paragraph("No training run was found.")]
+    branches = "" if data.is_sparse else "; the branches begin where the seed model ended"
+    compared = "sparse and dense model" if data.is_sparse else "seed model, dense model and the ELM of that domain"
     return [
         web.figure(
             loss_curves(loss_curves_of(data)),
-            "Training loss over the tokens that a model has read; the branches begin where the seed model ended. "
+            f"Training loss over the tokens that a model has read{branches}. "
             "Thick: moving average; faint: single measurements.",
         ),
         web.heading("Development loss by domain"),
         web.figure(
             dev_curves(dev_curves_of(data)),
-            "Loss on development documents of each domain: seed model, dense model and the ELM of that domain.",
+            f"Loss on development documents of each domain: {compared}.",
         ),
         web.heading("Runs"),
         runs_table(data.runs),
     ]
 
 
-def _posterior(evaluation: Evaluation | None) -> list[str]:
+def _posterior(data: ReportData) -> list[str]:
+    evaluation, member = data.evaluation, "domain's model" if data.is_sparse else "ELM"
     if evaluation is None:
         return []
-    shown = [markup for trace in evaluation.traces if (markup := _trace(trace))]
+    shown = [markup for trace in evaluation.traces if (markup := _trace(trace, member))]
     parts = shown[:_MOST_TRACES]
     if rest := shown[_MOST_TRACES:]:
         parts.append(web.details(f"Documents of {len(rest)} more domains", *rest))
     priors = prior_matrix(evaluation)
     if priors is not None:
-        caption = "Cached priors: weights of the ELMs (columns) estimated on development documents of a domain (rows)."
+        members = "domains' models" if data.is_sparse else "ELMs"
+        caption = f"Cached priors: weights of the {members} (columns), from development documents of a domain (rows)."
         parts += [web.heading("Cached priors"), web.figure(priors, caption)]
     return parts
 
 
-def _trace(trace: PosteriorTrace) -> str:
-    drawn = posterior_plot(trace)
+def _trace(trace: PosteriorTrace, member: str) -> str:
+    drawn = posterior_plot(trace, member)
     if drawn is None:
         return ""
     caption = (
-        f"Weights of the ELMs in predicting each token of a test document of {plain(trace.domain)}: prior times "
+        f"Weights of each {member} in predicting each token of a test document of {plain(trace.domain)}: prior times "
         "likelihood of everything read before it."
     )
-    return web.heading(f"A document of {plain(trace.domain)}") + web.figure(drawn, caption) + reading(trace)
+    return web.heading(f"A document of {plain(trace.domain)}") + web.figure(drawn, caption) + reading(trace, member)
 
 
 def _added(data: ReportData) -> list[str]:
@@ -205,17 +219,23 @@ def _ledger(data: ReportData) -> list[str]:
     ledgers = {name: scores.ledger for name, scores in models.items() if scores.ledger}
     if not ledgers:
         return [web.paragraph("No model has a ledger.")]
-    return [
-        web.paragraph(
+    text, light = "What each model cost to train.", ""
+    if not data.is_sparse:
+        text = (
             "What each model cost to train, the seed phase included in everything that branched from it. Time is "
             "wall-clock summed over runs: ELMs that trained side by side took less."
-        ),
-        web.figure(ledger_bars(ledgers), "Training tokens, FLOPs and time by model; light: seed phase."),
+        )
+        light = "; light: seed phase"
+    return [
+        web.paragraph(text),
+        web.figure(ledger_bars(ledgers), f"Training tokens, FLOPs and time by model{light}."),
         web.details("The same in figures", ledger_table(ledgers)),
     ]
 
 
 def _lineage(data: ReportData) -> list[str]:
+    if data.is_sparse:
+        return []
     if data.manifest is None or not data.manifest.elms:
         return [web.paragraph("The forest has no ELM.")]
     return [

@@ -13,7 +13,7 @@ from btm.records import Evaluation, ForestManifest, TrainResult
 from btm.requests import TrainSpec
 
 _Read = TypeVar("_Read")
-_KIND_ORDER = ("seed", "dense", "elm", "random")
+_KIND_ORDER = ("seed", "sparse", "dense", "elm", "random")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Run:
     """One training run of a forest."""
 
     name: str
-    """Directory under ``runs/``: ``seed``, ``dense``, ``elm/<domain>``, ``random/<index>``."""
+    """Directory under ``runs/``: ``seed``, ``sparse``, ``dense``, ``elm/<domain>``, ``random/<index>``."""
     rows: list[Row]
     """Metric rows by update, one training and one dev row each at most."""
     spec: TrainSpec | None
@@ -41,6 +41,14 @@ class ReportData:
     summary: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     """Sentences about parts that are absent or damaged."""
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the run trained one model with expert layers instead of a forest."""
+        ffn = self.config.get("ffn")
+        layer = ffn.get("layer", "dense") if isinstance(ffn, dict) else "dense"
+        named = self.evaluation is not None and "sparse" in self.evaluation.models
+        return layer != "dense" or named or any(run.name == "sparse" for run in self.runs)
 
 
 def load_report_data(forest_dir: Path) -> ReportData:
@@ -66,7 +74,7 @@ def loss_curves_of(data: ReportData) -> list[Curve]:
 
 
 def dev_curves_of(data: ReportData) -> dict[str, list[Curve]]:
-    """Dev loss by domain: the seed's, the dense model's and the domain's own ELM's."""
+    """Dev loss by domain: the seed's, the sparse and the dense model's and the domain's own ELM's."""
     begins = _seed_tokens(data)
     domains = dict.fromkeys(
         key.removeprefix("eval/").removesuffix("/loss")
@@ -79,7 +87,7 @@ def dev_curves_of(data: ReportData) -> dict[str, list[Curve]]:
         domain: [
             _curve(run, run.rows, f"eval/{domain}/loss", begins)
             for run in data.runs
-            if run.name in ("seed", "dense", f"elm/{domain}")
+            if run.name in ("seed", "sparse", "dense", f"elm/{domain}")
         ]
         for domain in domains
     }

@@ -1,4 +1,4 @@
-"""A document of the posterior trace as text, each token on the colour of the ELM that weighs most there."""
+"""A document of the posterior trace as text, each token on the colour of the model that weighs most there."""
 
 from btm.evaluate import report_html as web
 from btm.evaluate.plots_style import colours
@@ -8,7 +8,7 @@ _MOST_TOKENS = 400
 _LIGHTEST, _DARKEST = 0.08, 0.62
 
 
-def reading(trace: PosteriorTrace) -> str:
+def reading(trace: PosteriorTrace, member: str = "ELM") -> str:
     """Markup of the document; the stronger the colour, the larger the weight. Pointing at a token shows the weight."""
     colour = colours(trace.elms)
     key = "".join(f'<span style="background:{_tint(colour[elm], 1.0)}">{web.escape(elm)}</span>' for elm in trace.elms)
@@ -21,7 +21,7 @@ def reading(trace: PosteriorTrace) -> str:
         tint = _tint(colour[elm], weight)
         spans.append(f'<span style="background:{tint}" title="{web.escape(elm)} {weight:.2f}">{_text(token)}</span>')
     shown = f"The first {_MOST_TOKENS} tokens" if len(trace.tokens) > _MOST_TOKENS else "The document"
-    caption = f"{shown}; background: the ELM that weighs most in predicting the token, stronger for larger weights."
+    caption = f"{shown}; background: the {member} that weighs most in predicting the token, the stronger the more."
     body = f'<p class="key">{key}</p><p class="reading">{"".join(spans)}</p>'
     return web.details("Read the document", web.paragraph(caption, soft=True), body)
 

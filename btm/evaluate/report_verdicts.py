@@ -1,65 +1,32 @@
 """What a run was expected to show, and whether it did: each relation in words, with figures, also when it fails."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from btm.evaluate.report_data import ReportData
+from btm.evaluate.report_verdicts_compare import Outcome, Verdict, compare, difference, main_ensemble, spread
+from btm.evaluate.report_verdicts_sparse import sparse_verdicts
 from btm.records import Evaluation, Ledger
-from btm.tables import format_count, format_flops, format_perplexity, mean_perplexity
+from btm.tables import format_count, format_flops, format_perplexity
 
 _BUDGET_TOLERANCE = 0.01
 _ADDED_ROW = "ensemble/cached"
 
-Outcome = Literal["holds", "fails", "not measured"]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One expected relation."""
-
-    claim: str
-    outcome: Outcome
-    finding: str
-    """One or two sentences with figures."""
-
 
 def verdicts(data: ReportData) -> list[Verdict]:
-    """All relations that Branch-Train-Merge promises (https://arxiv.org/abs/2208.03306), in order of importance."""
-    found = []
+    """All relations that the run was expected to show, in order of importance.
+
+    For a forest those that Branch-Train-Merge promises (https://arxiv.org/abs/2208.03306), for a sparse model that it
+    beats a dense one. Relations that cannot hold by construction are left out: with one ELM, the ensemble, both
+    averages and a dense model are trained alike or the same.
+    """
     if data.evaluation is None:
-        found.append(Verdict("The ensemble beats one dense model", "not measured", "There is no evaluation."))
+        kind = "sparse model" if data.is_sparse else "ensemble"
+        found = [Verdict(f"The {kind} beats one dense model", "not measured", "There is no evaluation.")]
+    elif data.is_sparse:
+        found = sparse_verdicts(data.evaluation)
     else:
-        ensemble = main_ensemble(data.evaluation)
-        found += [
-            _compare(
-                data.evaluation,
-                "The ensemble of ELMs beats one dense model of the same budget",
-                (ensemble, "dense"),
-                "switch on the dense baseline (baselines.dense=true)",
-            ),
-            _compare(
-                data.evaluation,
-                "ELMs of domains beat ELMs of a random split of the same documents",
-                (ensemble, "random_split/ensemble"),
-                "switch on the random-split baseline (baselines.random_split=true)",
-            ),
-            _compare(
-                data.evaluation,
-                "The average weighted by the posterior beats the uniform average",
-                ("average/posterior", "average/uniform"),
-                "both averages must be evaluated",
-            ),
-            _specialisation(data.evaluation),
-            _equal_budget(data.evaluation, ensemble),
-        ]
+        found = [] if _is_single(data.evaluation) else _forest_verdicts(data.evaluation)
     return [*found, *_additions(data)]
-
-
-def main_ensemble(evaluation: Evaluation) -> str:
-    """Row of the ensemble that is compared: the uniform prior's where it was measured, which no dev data entered."""
-    rows = [name for name in evaluation.models if name.startswith("ensemble/")]
-    return "ensemble/uniform" if "ensemble/uniform" in rows or not rows else rows[0]
 
 
 def headline(found: Sequence[Verdict]) -> str:
@@ -68,6 +35,8 @@ def headline(found: Sequence[Verdict]) -> str:
     failed = [verdict for verdict in measured if verdict.outcome == "fails"]
     unknown = len(found) - len(measured)
     rest = f" {unknown} {'was' if unknown == 1 else 'were'} not measured." if unknown else ""
+    if not found:
+        return "The run has one expert, so that no relation between experts is expected of it."
     if not measured:
         return "None of the expected relations was measured."
     if failed:
@@ -77,36 +46,34 @@ def headline(found: Sequence[Verdict]) -> str:
     return f"All {len(measured)} measured relations hold.{rest}"
 
 
-def _compare(evaluation: Evaluation, claim: str, rows: tuple[str, str], remedy: str) -> Verdict:
-    better, worse = rows
-    absent = [name for name in rows if name not in evaluation.models]
-    if absent:
-        return Verdict(claim, "not measured", f"There is no row {' and no row '.join(absent)}; {remedy}.")
-    left = mean_perplexity(evaluation.models[better], evaluation.domains)
-    right = mean_perplexity(evaluation.models[worse], evaluation.domains)
-    if left is None or right is None:
-        return Verdict(claim, "not measured", f"{better} and {worse} were not both measured on every domain.")
-    wins, clear = _wins(evaluation, better, worse)
-    finding = (
-        f"Mean perplexity over {len(evaluation.domains)} domains: {better} {format_perplexity(left)}, {worse} "
-        f"{format_perplexity(right)}, {_difference(left, right)}. {better} is lower on {wins} of "
-        f"{len(evaluation.domains)} domains; on {clear} of them the 95 % intervals do not overlap."
-    )
-    return Verdict(claim, "holds" if left < right else "fails", finding)
+def _forest_verdicts(evaluation: Evaluation) -> list[Verdict]:
+    ensemble = main_ensemble(evaluation)
+    return [
+        compare(
+            evaluation,
+            "The ensemble of ELMs beats one dense model of the same budget",
+            (ensemble, "dense"),
+            "switch on the dense baseline (baselines.dense=true)",
+        ),
+        compare(
+            evaluation,
+            "ELMs of domains beat ELMs of a random split of the same documents",
+            (ensemble, "random_split/ensemble"),
+            "switch on the random-split baseline (baselines.random_split=true)",
+        ),
+        compare(
+            evaluation,
+            "The average weighted by the posterior beats the uniform average",
+            ("average/posterior", "average/uniform"),
+            "both averages must be evaluated",
+        ),
+        _specialisation(evaluation),
+        _equal_budget(evaluation, ensemble),
+    ]
 
 
-def _difference(left: float, right: float) -> str:
-    percent = 100 * (left - right) / right
-    return f"{abs(percent):.1f} % {'lower' if percent < 0 else 'higher'}" if percent else "equal"
-
-
-def _wins(evaluation: Evaluation, better: str, worse: str) -> tuple[int, int]:
-    wins = clear = 0
-    for domain in evaluation.domains:
-        left, right = evaluation.models[better].domains[domain], evaluation.models[worse].domains[domain]
-        wins += left.perplexity < right.perplexity
-        clear += left.high < right.low
-    return wins, clear
+def _is_single(evaluation: Evaluation) -> bool:
+    return sum(name.startswith("elm/") for name in evaluation.models) == 1
 
 
 def _specialisation(evaluation: Evaluation) -> Verdict:
@@ -139,20 +106,16 @@ def _equal_budget(evaluation: Evaluation, ensemble: str) -> Verdict:
         f"{name} {format_count(ledger.tokens)} tokens, {format_flops(ledger.flops)} FLOPs"
         for name, ledger in known.items()
     )
-    spread = max(
-        _spread([float(ledger.tokens) for ledger in known.values()]), _spread([le.flops for le in known.values()])
+    widest = max(
+        spread([float(ledger.tokens) for ledger in known.values()]), spread([le.flops for le in known.values()])
     )
-    outcome: Outcome = "holds" if spread <= _BUDGET_TOLERANCE else "fails"
-    return Verdict(claim, outcome, f"{text}. They differ by {100 * spread:.2g} % at most (1 % is allowed).")
+    outcome: Outcome = "holds" if widest <= _BUDGET_TOLERANCE else "fails"
+    return Verdict(claim, outcome, f"{text}. They differ by {100 * widest:.2g} % at most (1 % is allowed).")
 
 
 def _ledger(evaluation: Evaluation, name: str) -> Ledger | None:
     scores = evaluation.models.get(name)
     return scores.ledger if scores and scores.ledger and scores.ledger.tokens else None
-
-
-def _spread(values: Sequence[float]) -> float:
-    return (max(values) - min(values)) / max(values) if max(values) > 0 else 0.0
 
 
 def _additions(data: ReportData) -> list[Verdict]:
@@ -175,7 +138,7 @@ def _addition(data: ReportData, domain: str, recorded: dict[str, object]) -> Ver
         files = " The files of other ELMs CHANGED, which must not happen."
     finding = (
         f"Perplexity of {row} on {domain}: {format_perplexity(before)} before, {format_perplexity(after)} after, "
-        f"{_difference(after, before)}.{files}"
+        f"{difference(after, before)}.{files}"
     )
     holds = after < before and unchanged is not False
     return Verdict(claim, "holds" if holds else "fails", finding)
