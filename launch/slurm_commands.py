@@ -152,10 +152,13 @@ def requeue(job: str) -> None:
     run(["scontrol", "requeue", job])
 
 
-def start_now(job_id: int) -> None:
-    """Spare a requeued job the two minutes that Slurm lets it wait."""
+def start_soon(job_id: int) -> None:
+    """Spare a requeued job most of the two minutes that Slurm lets it wait.
+
+    Not all of them: within the second in which its credential was revoked the node refuses it, and the job fails.
+    """
     with contextlib.suppress(SlurmError):
-        run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
+        run(["scontrol", "update", f"JobId={job_id}", "StartTime=now+5"])
 
 
 def _ended(state: str, exit_code: str, node: str) -> EndedJob | None:

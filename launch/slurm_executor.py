@@ -240,7 +240,7 @@ class SlurmExecutor:
         begins_later = any(option.startswith("--begin") for option in self._options.more)
         if listed.reason == "BeginTime" and not job.is_hurried and not begins_later:
             job.is_hurried = True
-            slurm_commands.start_now(job.job_id)
+            slurm_commands.start_soon(job.job_id)
         return Status(name=name, state=State.queued, reason=f"job {job.job_id} waits: {listed.reason}")
 
     def _status_of_gone(self, name: str, job: _Job) -> Status | None:

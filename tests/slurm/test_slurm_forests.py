@@ -73,11 +73,11 @@ def test_preempted_elements_write_a_checkpoint_and_continue(cluster, forest, arg
 
 
 def test_the_last_checkpoint_is_written_before_the_limit(cluster, forest, arguments):
-    longer = [item if "train.tokens" not in item else "train.tokens=3072000" for item in arguments]
+    longer = [item if "train.tokens" not in item else "train.tokens=2048000" for item in arguments]
     shutil.rmtree(forest)
     run_btm("step", *longer, "steps=[prepare,seed]", f"forest={forest}", cwd=forest.parent)
-    job = begin_array(cluster, forest, "--time=1", "--signal=TERM@45")
-    wait_for_array(cluster, job)
+    job = begin_array(cluster, forest, "--time=2", "--signal=TERM@60")
+    wait_for_array(cluster, job, timeout_s=500)
     assert len(stopped_updates(forest)) >= 1
     assert first_updates(forest)[1:] == [update + 1 for update in stopped_updates(forest)]
     assert set(finish(forest, tuple(longer))) == {"code", "docs"}

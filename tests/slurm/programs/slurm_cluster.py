@@ -122,10 +122,15 @@ class Cluster:
     def wait_for(self, job: int | str, *states: str, timeout_s: float = 120.0) -> str:
         """Wait until a job is in one of ``states``, sparing it the two minutes that Slurm lets a requeued one wait."""
 
+        hurried: set[str] = set()
+
         def look() -> str | None:
             state = self.state(job)
-            if state == "PENDING" and self.field(job, "Reason") == "BeginTime" and "PENDING" not in states:
-                self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            restart = self.field(job, "Restarts")
+            if state == "PENDING" and self.field(job, "Reason") == "BeginTime" and restart not in hurried:
+                # Not at once: the node refuses a job within the second in which it was revoked.
+                hurried.add(restart)
+                self.command("scontrol", "update", f"JobId={job}", "StartTime=now+5", check=False)
             return state if state in states else None
 
         return until(look, timeout_s=timeout_s, what=lambda: f"job {job} is {self.state(job)}, not {states}")
