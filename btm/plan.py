@@ -7,6 +7,8 @@ With expert layers (``ffn=demix`` and others) one sparse model takes the place o
 
     prepare -> sparse, dense -> score/... -> evaluate -> report
 
+and a domain that joins a DEMix model takes the steps ``prepare -> branch -> expert -> grow -> (join)``.
+
 Steps name what they need; the orchestrator starts whatever is ready. A step's name is also its directory under
 ``runs/``. What a step does is written by ``btm/steps.py`` when it starts, because some of it (checksums, branch
 weights) is known only then.
@@ -31,6 +33,7 @@ class StepKind(StrEnum):
     joining = "join"
     score = "score"
     merge = "merge"
+    experts = "experts"
     evaluate = "evaluate"
     report = "report"
 
@@ -107,8 +110,10 @@ def plan_run(given: PlanInput) -> list[Step]:
 def plan_add(given: PlanInput, domain: str, *, num_original_domains: int) -> list[Step]:
     """Steps of ``btm add``: branch, train and join one ELM with the same share of tokens as the first ones.
 
-    ``given.domains`` are the ELMs already there.
+    Of a DEMix model these are the experts of one domain. ``given.domains`` are those already there.
     """
+    if given.config.ffn.is_sparse:
+        return _sparse_addition(given, domain, divide_updates(given.config.train, num_original_domains))
     source = given.config.branch.source
     steps = [Step(name=f"prepare/{domain}", kind=StepKind.prepare, num_cpus=given.machine.num_cpus)]
     needs: tuple[str, ...] = (steps[0].name,)
@@ -177,6 +182,27 @@ def _sparse_training(given: PlanInput) -> list[Step]:
             for name in names
         ),
     ]
+
+
+def _sparse_addition(given: PlanInput, domain: str, updates: Updates) -> list[Step]:
+    """The new experts see as many tokens as each of the first ones did, beside weights that stay as they are."""
+    prepare = Step(name=f"prepare/{domain}", kind=StepKind.prepare, num_cpus=given.machine.num_cpus)
+    tokens = given.config.evaluate.max_tokens * len(given.domains)
+    branch = Step(
+        name=f"branch/{domain}",
+        kind=StepKind.experts,
+        needs=(prepare.name,),
+        num_cpus=given.config.launch.cpus_per_elm,
+        num_gpus=min(1, given.config.launch.gpus_per_elm),
+        tokens=tokens,
+        flops=tokens * given.size.flops_per_token(given.config.train.sequence_length) / 3,
+        disk_bytes=2 * given.size.num_parameters,
+    )
+    name = f"expert/{domain}"
+    train = _train_step(given, name, (branch.name,), updates.total, updates.elm_batch_sequences)
+    size = 2 * given.size.num_parameters * (len(given.domains) + 1)
+    grow = Step(name=f"grow/{domain}", kind=StepKind.experts, needs=(name,), disk_bytes=size)
+    return [prepare, branch, train, grow, Step(name=f"join/{domain}", kind=StepKind.joining, needs=(grow.name,))]
 
 
 def _sparse_evaluation(given: PlanInput) -> list[Step]:

@@ -23,7 +23,7 @@ from btm.requests import (
     TrainSpec,
 )
 from btm.step_context import Context
-from btm.step_specs_sparse import scored_model, sparse_evaluate_spec
+from btm.step_specs_sparse import expert_train_spec, experts_spec, scored_model, sparse_evaluate_spec
 
 
 def build_spec(step: Step, context: Context) -> SpecModel | None:
@@ -33,6 +33,7 @@ def build_spec(step: Step, context: Context) -> SpecModel | None:
         StepKind.train: _train_spec,
         StepKind.score: _score_spec,
         StepKind.merge: _merge_spec,
+        StepKind.experts: experts_spec,
         StepKind.evaluate: _evaluate_spec,
     }
     builder = builders.get(step.kind)
@@ -70,6 +71,8 @@ def _source(domain: str, split: str, context: Context, *, weight: float = 1.0, p
 
 
 def _train_spec(step: Step, context: Context) -> TrainSpec:
+    if step.name.startswith("expert/"):
+        return expert_train_spec(step, context)
     config, updates = context.config, context.updates
     start = _start(step, context)
     whole = step.name in ("seed", "dense", "sparse")

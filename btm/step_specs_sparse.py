@@ -1,11 +1,15 @@
-"""Requests of a run that trains one sparse model instead of a forest; called by :mod:`btm.step_specs`."""
+"""Requests of a run that trains one sparse model instead of a forest, and of domains that join it later.
+
+Called by :mod:`btm.step_specs`.
+"""
 
 from pathlib import Path
 
 from btm.config_ffn import FfnLayer
-from btm.plan import sparse_score_names
+from btm.plan import Step, sparse_score_names
 from btm.records import Ledger, StepResult, TrainResult
-from btm.requests import EvaluateSpec
+from btm.requests import EvaluateSpec, ScoreSource, Start, TokenSource, TrainSpec
+from btm.sparse_models import DomainExperts, ExpertsResult, ExpertsSpec, SparseModels
 from btm.step_context import Context
 
 MODELS = ("sparse", "dense")
@@ -21,10 +25,96 @@ def scored_model(name: str, context: Context) -> tuple[Path, str, str | None]:
 
     Returns:
         Its directory, a hash of what it is, and the domain whose experts are taken.
+
+    Raises:
+        ForestError: If the domain has left the model.
     """
     model, _, domain = name.partition("/")
+    if domain:
+        models = SparseModels.open(context.forest_dir)
+        return models.directory, models.experts(domain).weights, domain
     result = TrainResult.load(context.run_dir(model) / "result.json")
-    return context.run_dir(model) / "model", f"{result.spec_sha256}/{domain}".rstrip("/"), domain or None
+    return context.run_dir(model) / "model", result.spec_sha256, None
+
+
+def experts_spec(step: Step, context: Context) -> ExpertsSpec:
+    """Request of the steps ``branch/<domain>``, before new experts are trained, and ``grow/<domain>``, after it."""
+    kind, domain = step.name.split("/", 1)
+    models, config = SparseModels.open(context.forest_dir), context.config
+    spec = ExpertsSpec(
+        root=str(context.forest_dir),
+        action="branch",
+        domain=domain,
+        model_dir=str(models.directory),
+        experts=models.manifest.experts,
+        tokenizer_dir=str(context.forest_dir / "tokenizer"),
+        output_dir=str(context.run_dir(step.name) / "model"),
+    )
+    if kind == "grow":
+        new = trained_experts(domain, context)
+        trained = {
+            "action": "join",
+            "trained_dir": str(context.run_dir(f"expert/{domain}") / "model"),
+            "trained_sha256": new.weights,
+            "output_dir": str(models.directory_for(models.with_domain(new))),
+        }
+        return spec.model_copy(update=trained)
+    dev = ScoreSource(
+        key=f"dev-{domain}",
+        prefix=context.corpus(domain, "dev"),
+        fingerprint=context.domain_info(domain).fingerprint,
+        max_tokens=config.evaluate.max_tokens,
+        max_documents=config.branch.sample_documents,
+    )
+    length = config.evaluate.sequence_length or config.train.sequence_length
+    batch = config.evaluate.batch_sequences
+    return spec.model_copy(update={"dev": dev, "sequence_length": length, "batch_sequences": batch})
+
+
+def expert_train_spec(step: Step, context: Context) -> TrainSpec:
+    """Request of ``expert/<domain>``: as many tokens as each of the first domains had, all but its experts frozen."""
+    config, updates = context.config, context.updates
+    domain = step.name.removeprefix("expert/")
+    start = context.run_dir(f"branch/{domain}") / "model"
+    train, dev = (
+        TokenSource(
+            domain=domain,
+            prefix=context.corpus(domain, split),
+            fingerprint=context.domain_info(domain).fingerprint,
+        )
+        for split in ("train", "dev")
+    )
+    return TrainSpec(
+        root=str(context.forest_dir),
+        name=step.name,
+        output_dir=str(context.run_dir(step.name)),
+        # What the copies are of, not how they were chosen: other domains may come and go before this goes on.
+        start=Start(kind="weights", path=str(start), sha256=ExpertsResult.load(Path(f"{start}.json")).weights),
+        sources=[train],
+        dev=[dev],
+        last_update=updates.total,
+        total_updates=updates.total,
+        batch_sequences=updates.elm_batch_sequences,
+        tokenizer_dir=str(context.forest_dir / "tokenizer"),
+        model=config.model,
+        ffn=config.ffn,
+        trainable_domain=domain,
+        train=config.train,
+        engine=config.engine,
+        seed=config.seed,
+    )
+
+
+def trained_experts(domain: str, context: Context) -> DomainExperts:
+    """What the finished step ``expert/<domain>`` made."""
+    result = TrainResult.load(context.run_dir(f"expert/{domain}") / "result.json")
+    branch = ExpertsResult.load(context.run_dir(f"branch/{domain}") / "model.json")
+    return DomainExperts(
+        domain=domain,
+        weights=f"{result.spec_sha256}/{domain}",
+        ancestors=branch.ancestors,
+        ledger=result.ledger,
+    )
 
 
 def sparse_evaluate_spec(context: Context) -> EvaluateSpec:
@@ -67,4 +157,7 @@ def _ledgers(context: Context) -> dict[str, Ledger]:
         for name in MODELS
         if name == "sparse" or context.config.baselines.dense
     }
+    if context.config.ffn.layer is FfnLayer.demix:
+        later = [experts.ledger for experts in SparseModels.open(context.forest_dir).manifest.experts]
+        found["sparse"] = sum(later, start=found["sparse"])
     return found | {"ensemble": found["sparse"]}

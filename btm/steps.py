@@ -9,13 +9,16 @@ from btm.forest import Forest
 from btm.plan import Step, StepKind
 from btm.records import ElmRecord, MergeResult, Parent, PrepareResult, TrainResult
 from btm.requests import EvaluateSpec, MergeSpec, PrepareSpec, ScoreSpec, SpecModel, TrainSpec
+from btm.sparse_models import ExpertsSpec, SparseModels
 from btm.step_context import Context
+from btm.step_specs_sparse import trained_experts
 
 MODULES = {
     StepKind.prepare: "btm.corpus.worker",
     StepKind.train: "btm.train.worker",
     StepKind.score: "btm.evaluate.score",
     StepKind.merge: "btm.merge.worker",
+    StepKind.experts: "btm.train.experts_worker",
     StepKind.evaluate: "btm.evaluate.worker",
     StepKind.report: "btm.evaluate.report",
 }
@@ -28,7 +31,7 @@ EXIT_PREEMPTED = 143
 def is_finished(step: Step, spec: SpecModel | None, context: Context) -> bool:
     """Whether the result of ``step`` is there and answers exactly ``spec``."""
     if step.kind is StepKind.joining:
-        return step.name.removeprefix("join/") in context.forest().domains
+        return step.name.removeprefix("join/") in _present(context)
     if spec is None:
         return False
     path = _result_path(step, spec)
@@ -58,7 +61,18 @@ def register(step: Step, context: Context) -> None:
         _join(step.name.removeprefix("join/"), context)
 
 
+def _present(context: Context) -> list[str]:
+    """Domains with an ELM, or with experts of their own."""
+    if context.config.ffn.is_sparse:
+        return SparseModels.open(context.forest_dir).domains
+    return context.forest().domains
+
+
 def _join(domain: str, context: Context) -> None:
+    if context.config.ffn.is_sparse:
+        models = SparseModels.open(context.forest_dir)
+        models.publish(models.with_domain(trained_experts(domain, context)))
+        return
     forest = context.forest()
     result = TrainResult.load(context.run_dir(f"elm/{domain}") / "result.json")
     parents = _parents(domain, context)
@@ -93,7 +107,7 @@ def _parents(domain: str, context: Context) -> list[Parent]:
 def _result_path(step: Step, spec: SpecModel) -> Path:
     if isinstance(spec, PrepareSpec):
         return Path(spec.output_dir) / "prepare.json"
-    if isinstance(spec, MergeSpec):
+    if isinstance(spec, MergeSpec | ExpertsSpec):
         return Path(spec.output_dir + ".json")
     if isinstance(spec, EvaluateSpec):
         return Path(spec.output + ".result")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from btm.config_ffn import FfnLayer
-from btm.errors import ConfigError
+from btm.errors import ConfigError, ForestError
 from btm.files import check_name
 from btm.model.expert_block import ExpertLayerModule, expert_modules
 from btm.model.expert_pass import ExpertPass
@@ -98,10 +98,26 @@ def best_domain(model: PreTrainedModel, inputs: torch.Tensor, targets: torch.Ten
     Raises:
         ConfigError: If the model is not a DEMix model.
     """
-    losses = domain_losses(model, inputs, targets)
+    return _demix(model).domains[int(posterior_sums(model, inputs, targets).argmax())]
+
+
+def posterior_sums(model: PreTrainedModel, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Posterior of each domain before each target of some sequences, under a uniform prior, summed over the targets.
+
+    Args:
+        model: A DEMix model.
+        inputs: int64 [B, T].
+        targets: int64 [B, T]; -100 is not scored.
+
+    Returns:
+        fp64 [J]; their sum is the number of targets.
+
+    Raises:
+        ConfigError: If the model is not a DEMix model.
+    """
+    losses = domain_losses(model, inputs, targets).double()
     before = losses - losses.cumsum(2)
-    posterior = before.softmax(0)[:, targets != IGNORED].mean(1)
-    return _demix(model).domains[int(posterior.argmax())]
+    return before.softmax(0)[:, targets != IGNORED].sum(1)
 
 
 def add_domain(model: PreTrainedModel, domain: str, *, like: str) -> None:
@@ -143,6 +159,31 @@ def remove_domain(model: PreTrainedModel, domain: str) -> None:
     describe(model, sparsity.ffn, [name for name in sparsity.domains if name != domain])
 
 
+def join_domain(model: PreTrainedModel, other: PreTrainedModel, domain: str) -> None:
+    """Give a DEMix model the experts of a domain that another one has, in place; they are copied.
+
+    Args:
+        model: A DEMix model.
+        other: One that shares every tensor but experts with it, as one trained with :func:`freeze_except` does.
+        domain: Of ``other``, and new to ``model``.
+
+    Raises:
+        ConfigError: If one of them is not a DEMix model, ``other`` does not know the domain, or ``model`` does.
+        ForestError: If a tensor that they should share differs.
+    """
+    number, sparsity = _demix(other).domain_id(domain), _demix(model)
+    own, others = _shared(model), _shared(other)
+    names = [name for name in own if name not in others or not torch.equal(own[name], others[name])]
+    if names or own.keys() != others.keys():
+        raise ForestError(
+            f"the experts of domain {domain!r} were trained beside other weights than the model has "
+            f"({len(names)} tensors differ, {', '.join(names[:3])}); train them again from this model"
+        )
+    add_domain(model, domain, like=sparsity.domains[0])
+    for module, source in zip(expert_modules(model), expert_modules(other), strict=True):
+        _layer(module).experts.experts[-1].load_state_dict(_layer(source).experts.experts[number].state_dict())
+
+
 def freeze_except(model: PreTrainedModel, domain: str) -> list[nn.Parameter]:
     """Freeze everything but the experts of one domain.
 
@@ -156,6 +197,12 @@ def freeze_except(model: PreTrainedModel, domain: str) -> list[nn.Parameter]:
     model.requires_grad_(False)
     experts = [_layer(module).experts.experts[number] for module in expert_modules(model)]
     return [parameter for expert in experts for parameter in expert.requires_grad_(True).parameters()]
+
+
+def _shared(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Tensors of a model that belong to no expert, by name."""
+    experts = {id(tensor) for module in expert_modules(model) for tensor in module.experts.parameters()}
+    return {name: tensor for name, tensor in model.named_parameters() if id(tensor) not in experts}
 
 
 def _demix(model: nn.Module) -> Sparsity:

@@ -1,4 +1,7 @@
-"""``btm add``: one more ELM, branched, trained and joined, or an existing model imported."""
+"""``btm add``: one more ELM, branched, trained and joined, or an existing model imported.
+
+A DEMix model gets the experts of one more domain instead; see :mod:`btm.verbs.add_experts`.
+"""
 
 import datetime
 from pathlib import Path
@@ -28,12 +31,10 @@ def main(config: Config) -> None:
     domain, console = check_name(required_domain(config, "add")), console_for(config)
     forest = existing_forest(config)
     if config.ffn.is_sparse:
-        raise ConfigError(
-            [
-                f"{config.forest} holds one model with ffn={config.ffn.layer}, which no ELM can join; give a DEMix "
-                f"model a domain in Python (btm.model.demix.add_domain), or train a forest with ffn=dense"
-            ]
-        )
+        from btm.verbs.add_experts import add_experts  # which measures, and so needs the verbs that use this one
+
+        add_experts(config, domain, console, has_text=has_text(config, domain))
+        return
     if domain in ("seed", *forest.domains):
         raise ForestError(f"the forest {config.forest} already has an ELM {domain!r}; remove it first")
     if not config.data.path and config.model.path and not _was_seed_path(config):
@@ -41,7 +42,7 @@ def main(config: Config) -> None:
             import_model(config, domain)
         console.print(f"{domain} joined {config.forest} from {config.model.path}")
         return
-    if not _has_text(config, domain):
+    if not has_text(config, domain):
         raise ConfigError([f"btm add domain={domain} needs data.path=<text>, or model.path=<model directory>"])
     if config.dry_run:
         _print_plan(config, domain, console)
@@ -135,7 +136,8 @@ def _was_seed_path(config: Config) -> bool:
     return stored.is_file() and read_json(stored)["model"]["path"] == config.model.path
 
 
-def _has_text(config: Config, domain: str) -> bool:
+def has_text(config: Config, domain: str) -> bool:
+    """Whether the command or the forest's configuration says where the text of ``domain`` is."""
     if config.data.path or domain in config.data.add_later or domain in config.data.novel:
         return True
     return domain in domain_groups(config)[2]

@@ -9,6 +9,11 @@ def main(config: Config) -> None:
     """Remove ``config.domain``; with ``dry_run=true`` only say what would happen."""
     domain, console = required_domain(config, "remove"), console_for(config)
     forest = existing_forest(config)
+    if config.ffn.is_sparse:
+        from btm.verbs.add_experts import remove_experts
+
+        remove_experts(config, domain, console)
+        return
     record = forest.elm(domain)
     if config.dry_run:
         heirs = [other.domain for other in forest.manifest.elms if domain in other.ancestors]

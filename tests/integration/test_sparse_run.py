@@ -9,22 +9,6 @@ from btm.records import Evaluation, TrainResult
 from tests.conftest import SMOKE, run_btm, two_domains
 
 
-@pytest.fixture(scope="module")
-def sparse_run(tmp_path_factory, corpora):
-    """Train and evaluate with one kind of layer; returns the directory."""
-    made = {}
-
-    def make(kind: str, *overrides: str):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            arguments = [*SMOKE, *two_domains(corpora), f"ffn={kind}", "baselines=dense", *overrides]
-            done = run_btm("run", *arguments, f"forest={folder / 'forest'}", cwd=folder)
-            made[kind] = (folder / "forest", arguments, done.stdout)
-        return made[kind]
-
-    return make
-
-
 @pytest.mark.parametrize("kind", ["demix", "top_k", "base"])
 def test_a_sparse_and_a_dense_model_are_trained_and_compared_at_equal_tokens(sparse_run, kind):
     forest, _, printed = sparse_run(kind)
