@@ -40,7 +40,7 @@ CONFIGS = [
     config("unknown-key", "run train.lrr=1", "did you mean train.lr?"),
     config("unknown-key-with-plus", "run +data.text_feild=x", "did you mean data.text_field?"),
     config("unknown-group-option", "run model=lama_4m", "did you mean 'llama_4m'?"),
-    config("unknown-executor", "run launch.executor=slurm", "must be 'local' or 'ray', got 'slurm'"),
+    config("unknown-executor", "run launch.executor=slum", "must be 'local', 'ray' or 'slurm', got 'slum'"),
     config("unknown-tracker", "run tracking.name=wandd", "must be 'none' or 'wandb'"),
     config(
         "unknown-architecture",

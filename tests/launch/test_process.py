@@ -1,5 +1,6 @@
 import json
 import os
+import site
 import sys
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_only_paths_that_an_interpreter_lacks_are_added(tmp_path):
         "/not/there",
         str(tmp_path),
         os.path.dirname(os.__file__),
-        *(p for p in sys.path if "site-packages" in p),
+        *site.getsitepackages(),
     ]
     assert added_import_path(paths) == os.pathsep.join([os.getcwd(), str(tmp_path)])
 

@@ -35,7 +35,7 @@ def executor():
 
 
 def python(code, *arguments, timeout_s=60, **env):
-    programs = next(path for path in sys.path if path.endswith("programs"))
+    programs = str(Path(__file__).parent.parent / "launch" / "programs")
     # The driver's own connection must not leak into another program's environment.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.run(
@@ -213,7 +213,7 @@ def test_close_ends_a_private_ray_completely_and_no_other(executor, tmp_path):
 
 
 def test_nothing_survives_a_killed_driver(tmp_path):
-    programs = next(path for path in sys.path if path.endswith("programs"))
+    programs = str(Path(__file__).parent.parent / "launch" / "programs")
     outer = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     driver = subprocess.Popen(
         [sys.executable, "-m", "driver_program", "ray", str(tmp_path)], env={**outer, "PYTHONPATH": programs}
