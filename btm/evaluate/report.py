@@ -129,7 +129,7 @@ def _perplexity(data: ReportData) -> list[str]:
         return [web.paragraph("Nothing was evaluated; `btm evaluate` measures a forest.")]
     ensemble = main_ensemble(evaluation)
     shown = f" ({ensemble} shown)" if ensemble in evaluation.models else ""
-    framed = "best model" if data.is_sparse else "best ELM and the best other model"
+    framed = "best of each domain is" if data.is_sparse else "best ELM and the best other model of each domain are"
     return [
         web.paragraph(
             f"Perplexity per token of the shared tokenizer on held-out test documents, read in windows of "
@@ -146,7 +146,7 @@ def _perplexity(data: ReportData) -> list[str]:
         web.figure(
             perplexity_matrix(evaluation),
             "Perplexity of each model (rows) on each domain (columns). Colour is the perplexity divided by the best "
-            f"of the domain, on a log scale; the {framed} of each domain framed.",
+            f"of the domain, on a log scale; the {framed} framed.",
         ),
     ]
 
@@ -173,27 +173,29 @@ def _training(data: ReportData) -> list[str]:
 
 
 def _posterior(data: ReportData) -> list[str]:
-    evaluation, member = data.evaluation, "domain's model" if data.is_sparse else "ELM"
+    evaluation = data.evaluation
+    member, members = ("domain's model", "domains' models") if data.is_sparse else ("ELM", "ELMs")
     if evaluation is None:
         return []
-    shown = [markup for trace in evaluation.traces if (markup := _trace(trace, member))]
+    shown = [markup for trace in evaluation.traces if (markup := _trace(trace, member, members))]
     parts = shown[:_MOST_TRACES]
     if rest := shown[_MOST_TRACES:]:
         parts.append(web.details(f"Documents of {len(rest)} more domains", *rest))
     priors = prior_matrix(evaluation)
     if priors is not None:
-        members = "domains' models" if data.is_sparse else "ELMs"
-        caption = f"Cached priors: weights of the {members} (columns), from development documents of a domain (rows)."
+        caption = (
+            f"Cached priors: weights of the {members} (columns) estimated on development documents of a domain (rows)."
+        )
         parts += [web.heading("Cached priors"), web.figure(priors, caption)]
     return parts
 
 
-def _trace(trace: PosteriorTrace, member: str) -> str:
+def _trace(trace: PosteriorTrace, member: str, members: str) -> str:
     drawn = posterior_plot(trace, member)
     if drawn is None:
         return ""
     caption = (
-        f"Weights of each {member} in predicting each token of a test document of {plain(trace.domain)}: prior times "
+        f"Weights of the {members} in predicting each token of a test document of {plain(trace.domain)}: prior times "
         "likelihood of everything read before it."
     )
     return web.heading(f"A document of {plain(trace.domain)}") + web.figure(drawn, caption) + reading(trace, member)

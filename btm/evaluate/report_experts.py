@@ -104,7 +104,8 @@ def _run_parts(run: Run) -> list[str]:
 
 def _introduction(run: Run, ffn: FfnConfig | None, series: dict[str, list[LayerSeries]]) -> str:
     blocks = sorted({one.block for found in series.values() for one in found})
-    where = f"{len(blocks)} blocks have expert layers" if blocks else "The expert layers logged no metrics"
+    count = "1 block has an expert layer" if len(blocks) == 1 else f"{len(blocks)} blocks have expert layers"
+    where = count if blocks else "The expert layers logged no metrics"
     listed = f" ({', '.join(map(str, blocks))}, counted from 0 at the input)" if 0 < len(blocks) <= 16 else ""
     what = f"; {_LAYERS[ffn.layer]} (ffn={ffn.layer})" if ffn and ffn.is_sparse else ""
     size = f" The model has {format_count(run.result.num_parameters)} parameters in all." if run.result else ""

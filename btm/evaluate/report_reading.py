@@ -21,7 +21,9 @@ def reading(trace: PosteriorTrace, member: str = "ELM") -> str:
         tint = _tint(colour[elm], weight)
         spans.append(f'<span style="background:{tint}" title="{web.escape(elm)} {weight:.2f}">{_text(token)}</span>')
     shown = f"The first {_MOST_TOKENS} tokens" if len(trace.tokens) > _MOST_TOKENS else "The document"
-    caption = f"{shown}; background: the {member} that weighs most in predicting the token, the stronger the more."
+    caption = (
+        f"{shown}; background: the {member} that weighs most in predicting the token, stronger for larger weights."
+    )
     body = f'<p class="key">{key}</p><p class="reading">{"".join(spans)}</p>'
     return web.details("Read the document", web.paragraph(caption, soft=True), body)
 

@@ -92,7 +92,7 @@ def test_a_sparse_run_has_a_section_on_its_layers(top_k: Path) -> None:
 def test_a_demix_run_speaks_of_domains_and_not_of_elms(tmp_path: Path) -> None:
     write_sparse_run(tmp_path / "run", FfnConfig(layer=FfnLayer.demix), blocks=[0], num_experts=2)
     text = Page(write_report(tmp_path / "run").read_text()).text
-    assert "Weights of each domain's model" in text
+    assert "Weights of the domains' models" in text
     assert "the domain of each document being known" in text
     assert "ELM" not in text
     assert "Forest" not in text
