@@ -35,6 +35,10 @@ checks: $(VENV)/installed-dev ## ruff, pyright, import contracts
 test-gpu: $(VENV)/installed-dev ## tests that need CUDA
 	$(BIN)/python -m pytest -m gpu tests
 
+test-slurm: $(VENV)/installed-dev ## a real Slurm on this machine (root, Debian): all that slurm/README.md promises; about 20 minutes
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2 util-linux shellcheck
+	$(BIN)/python -m pytest -m "slow or not slow" tests/slurm
+
 kill-test: $(VENV)/installed-dev ## SIGKILL everything at random moments; the result must not change
 	$(BIN)/python -m pytest -m slow -s tests/kill
 
@@ -51,4 +55,4 @@ format: $(VENV)/installed-dev ## format and fix
 clean: ## remove caches and outputs
 	rm -rf outputs wandb .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
-.PHONY: help install demo test checks test-gpu kill-test lm-eval bench format clean
+.PHONY: help install demo test checks test-gpu test-slurm kill-test lm-eval bench format clean

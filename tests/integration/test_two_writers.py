@@ -1,8 +1,11 @@
 """Two processes that change one forest at the same time."""
 
+import json
 import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 from btm.forest import Forest, file_hashes
 
@@ -11,7 +14,10 @@ def test_of_two_adds_at_once_one_joins_and_the_other_is_told(forest, corpora, tm
     folder = tmp_path / "forest"
     shutil.copytree(forest, folder)
     before = {name: file_hashes(folder / "elms" / name) for name in ("code", "docs")}
-    texts = {"mail": corpora / "mail.jsonl", "includes": corpora / "headers.jsonl"}
+    other = tmp_path / "other.jsonl"
+    stdlib = sorted(Path(sysconfig.get_path("stdlib")).glob("[n-z]*.py"))
+    other.write_text("".join(json.dumps({"text": path.read_text("utf-8")}) + "\n" for path in stdlib[:40]))
+    texts = {"mail": corpora / "mail.jsonl", "other": other}
     add = [sys.executable, "-m", "btm.cli", "add", f"forest={folder}", "data.on_error=skip"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = {
