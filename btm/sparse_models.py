@@ -132,7 +132,8 @@ class SparseModels:
             if experts.domain == domain:
                 return experts
         raise ForestError(
-            f"the model of {self.forest_dir} has no experts of domain {domain!r}; it has those of {self.domains}"
+            f"the model of {self.forest_dir} has no experts of domain {domain!r}; it has those of {self.domains}: name "
+            f"one of these, or let it join by `btm add domain={domain} data.path=...`"
         )
 
     def directory_for(self, experts: Sequence[DomainExperts]) -> Path:
