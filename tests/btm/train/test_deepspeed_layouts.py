@@ -33,10 +33,11 @@ def run_layout(directory: Path, world: int, *, micro: int | None = None, tie: bo
     (directory / "tokenizer" / "tokenizer.json").write_text("{}")
     segments = engine.pop("segments", False)
     config = EngineConfig(**({"dtype": "fp32"} | engine))
+    clip = 1.7 if segments else 1.2  # some updates are clipped, some are not
 
     def work(rank: int) -> None:
         with joined_ranks() as ranks:
-            runner = engine_of(config, ranks, micro, tie)
+            runner = engine_of(config, ranks, micro, tie, clip)
             torch.save(twenty_updates(runner, directory, segments), directory / f"{rank}.pt")
 
     pids = [
@@ -47,14 +48,18 @@ def run_layout(directory: Path, world: int, *, micro: int | None = None, tie: bo
     main, *others = [torch.load(directory / f"{rank}.pt") for rank in range(world)]
     for other in others:
         assert other["seen"] == main["seen"]
-    return main["seen"] | {"tensors": main["tensors"], "model": load_model(directory / "model").state_dict()}
+    return main["seen"] | {
+        "clip": clip,
+        "tensors": main["tensors"],
+        "model": load_model(directory / "model").state_dict(),
+    }
 
 
-def engine_of(config: EngineConfig, ranks: Ranks, micro: int | None, tie: bool) -> Engine:
+def engine_of(config: EngineConfig, ranks: Ranks, micro: int | None, tie: bool, clip: float) -> Engine:
     sizes = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, tie_embeddings=tie)
     model = build_model(sizes, vocab_size=VOCABULARY, eos_id=0, seed=1)
     recipe = {"sequence_length": LENGTH, "batch_tokens": 2 * LENGTH, "micro_batch_sequences": micro}
-    train = TrainConfig(**recipe, lr=1e-2, clip_norm=1.2, eps=1e-3)
+    train = TrainConfig(**recipe, lr=1e-2, clip_norm=clip, eps=1e-3)
     if config.name == "torch":
         return TorchEngine(model, train=train, config=config, ranks=ranks)
     from btm.train.deepspeed_engine import DeepSpeedEngine
@@ -123,8 +128,7 @@ def check(ours: dict, reference: dict, *, curve: float, norm: float, weights: fl
     (losses, norms), (right_losses, right_norms) = np.transpose(ours["history"]), np.transpose(reference["history"])
     np.testing.assert_allclose(losses, right_losses, rtol=curve)
     np.testing.assert_allclose(norms, right_norms, rtol=norm)
-    assert right_norms.max() > 1.3, "some are clipped"
-    assert right_norms.min() < 1.1, "some are not"
+    assert right_norms.min() < reference["clip"] < right_norms.max()
     assert ours["dev"] == pytest.approx(reference["dev"], rel=curve)
     for file, bound in (("model.safetensors", weights), ("optimizer.safetensors", moments)):
         right = reference["tensors"][file]
