@@ -49,7 +49,7 @@ def test_help_lists_every_command(tmp_path):
 
 def test_every_command_has_a_module():
     folder = Path(check_overrides.__code__.co_filename).parent / "verbs"
-    assert {file.stem for file in folder.glob("*.py")} - {"__init__"} == set(VERBS)
+    assert {file.stem for file in folder.glob("*.py") if "def main(" in file.read_text("utf-8")} == set(VERBS)
 
 
 @pytest.mark.parametrize(
