@@ -32,6 +32,9 @@ checks: $(VENV)/installed-dev ## ruff, pyright, import contracts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+test-slow: $(VENV)/installed-dev ## tests of more than ten seconds that need nothing special
+	$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/kill --ignore tests/lm_eval --ignore tests/slurm tests
+
 test-gpu: $(VENV)/installed-dev ## tests that need CUDA
 	$(BIN)/python -m pytest -m gpu tests
 
@@ -55,4 +58,4 @@ format: $(VENV)/installed-dev ## format and fix
 clean: ## remove caches and outputs
 	rm -rf outputs wandb .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
-.PHONY: help install demo test checks test-gpu test-slurm kill-test lm-eval bench format clean
+.PHONY: help install demo test checks test-slow test-gpu test-slurm kill-test lm-eval bench format clean

@@ -23,6 +23,8 @@ from btm.sparse_models import FIRST_MODEL, SparseModels
 from btm.verbs import add, generate, remove
 from tests.conftest import run_btm
 
+pytestmark = pytest.mark.slow  # forty seconds; `make test-slow`
+
 
 @pytest.fixture(scope="module")
 def grown(sparse_run, corpora, tmp_path_factory):

@@ -9,6 +9,8 @@ from btm.corpus.images.pictures import load_picture
 from btm.records import Evaluation
 from tests.conftest import SMOKE, run_btm
 
+pytestmark = pytest.mark.slow  # half a minute; `make test-slow`
+
 PICTURES = ("tokenizer.image_size=16", "tokenizer.image_codes=32", "data.images=[pictures]", "data.caption_keys=[en]")
 
 
@@ -32,7 +34,7 @@ def test_both_domains_are_learned_and_scored(mixed_forest):
     assert {"elm/docs", "elm/pictures", "ensemble/uniform"} <= set(evaluation.models)
 
 
-@pytest.mark.parametrize("model", [pytest.param("elm/pictures", marks=pytest.mark.slow), "ensemble"])
+@pytest.mark.parametrize("model", ["elm/pictures", "ensemble"])
 def test_an_asked_for_picture_is_drawn_whole(mixed_forest, tmp_path, model):
     out = f"generate.image_directory={tmp_path / 'drawn'}"
     said, paths = generate(mixed_forest, "generate.prompt='a bright piece<image>'", f"generate.model={model}", out)
@@ -41,7 +43,6 @@ def test_an_asked_for_picture_is_drawn_whole(mixed_forest, tmp_path, model):
     assert load_picture(paths[0]).shape == (16, 16, 3)
 
 
-@pytest.mark.slow
 def test_a_shown_picture_stands_before_its_description(mixed_forest, picture_folder):
     said, paths = generate(mixed_forest, f"generate.image={picture_folder / '007.png'}")
     assert said.startswith(f"[{mixed_forest / 'generated' / 'image-1.png'}]")

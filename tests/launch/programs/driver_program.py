@@ -1,5 +1,6 @@
 """A driver that the tests interrupt and kill: runs two tasks and waits."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from launch.task import Executor, Task
 
 
 def main(kind: str, folder: Path) -> None:
+    # A shell starts background jobs, and so perhaps these tests, with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     executor: Executor = RayExecutor(num_cpus=2) if kind == "ray" else LocalExecutor()
     try:
         for name in ("first", "second"):
