@@ -30,7 +30,7 @@ from btm.train.deepspeed_config import deepspeed_config, zero_stage
 from btm.train.deepspeed_shards import MOMENTS, shards_of
 from btm.train.deepspeed_start import Losses, initialize, naming_lost_peers
 from btm.train.engine import DevLoss, Gradients, TensorFiles
-from btm.train.peak import matmul_peak
+from btm.train.peak import matmul_peak_of
 from btm.train.ranks import Ranks
 
 _MAX_SEED = 2**63
@@ -185,10 +185,7 @@ class DeepSpeedEngine:
 
     def matmul_peak(self) -> float:
         """See :meth:`btm.train.engine.Engine.matmul_peak`."""
-        peak = torch.tensor(
-            [matmul_peak(self._dtype, self.ranks.device)], dtype=torch.float64, device=self.ranks.device
-        )
-        return float(self.ranks.sum_(peak).item())
+        return matmul_peak_of(self.ranks, self._dtype)
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Gradients of this rank's rows of ``batch``; returns the sum of their losses."""

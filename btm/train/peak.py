@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from btm.train.ranks import Ranks
+
 _BURST_S = 0.1
 _SIZES = {("cpu", torch.float32): 1024, ("cpu", torch.bfloat16): 2048}
 _GPU_SIZE = 8192
@@ -32,6 +34,20 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
         torch.mm(left, right, out=result)
         fastest = min(fastest, _now(device) - start)
     return 2.0 * size**3 / fastest
+
+
+def matmul_peak_of(ranks: Ranks, dtype: torch.dtype) -> float:
+    """Measure FLOP/s that all ranks together reach; every rank calls it.
+
+    Args:
+        ranks: The processes that run one model.
+        dtype: bfloat16 or float32.
+
+    Returns:
+        Sum of :func:`matmul_peak` over the ranks.
+    """
+    peak = torch.tensor([matmul_peak(dtype, ranks.device)], dtype=torch.float64, device=ranks.device)
+    return float(ranks.sum_(peak).item())
 
 
 def _now(device: torch.device) -> float:

@@ -17,7 +17,7 @@ from btm.model.patches import prepare_for_training
 from btm.train.engine import DevLoss, Gradients, TensorFiles
 from btm.train.expert_training import ExpertTraining, expert_owners
 from btm.train.flat import NUM_VALUES, FlatParameters, Span
-from btm.train.peak import matmul_peak
+from btm.train.peak import matmul_peak_of
 from btm.train.ranks import Ranks
 
 _MAX_SEED = 2**63
@@ -141,10 +141,7 @@ class TorchEngine:
 
     def matmul_peak(self) -> float:
         """See :meth:`btm.train.engine.Engine.matmul_peak`."""
-        peak = torch.tensor(
-            [matmul_peak(self._dtype, self.ranks.device)], dtype=torch.float64, device=self.ranks.device
-        )
-        return float(self.ranks.sum_(peak).item())
+        return matmul_peak_of(self.ranks, self._dtype)
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Gradients of this rank's rows of ``batch``; returns the sum of their losses."""

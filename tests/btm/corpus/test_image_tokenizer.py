@@ -88,7 +88,8 @@ def test_pictures_of_few_patches_come_back_exactly():
 
 
 def test_digits_of_scikit_learn():
-    datasets = pytest.importorskip("sklearn.datasets")
+    from sklearn import datasets
+
     digits = (datasets.load_digits().images * 255 / 16).round().astype(np.uint8)[..., None].repeat(3, axis=-1)
     trained = train_image_tokenizer([digits[:1500]], size=8, patch=2, num_codes=128)
     assert trained.psnr(digits[1500:]) > 20
