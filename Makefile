@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
+TEST_WORKERS ?= 2
 INSTALL = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable
 
 help: ## list the targets
@@ -24,7 +25,7 @@ demo: $(VENV)/installed-base ## the main job: a forest on text that is already h
 	$(BIN)/btm demo
 
 test: checks ## style, types, import contracts and all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_WORKERS) --dist loadfile tests
 
 checks: $(VENV)/installed-dev ## ruff, pyright, import contracts
 	$(BIN)/ruff check .
