@@ -5,11 +5,14 @@ from enum import StrEnum
 
 from pydantic import Field, field_validator
 
+from btm.errors import ConfigError
 from btm.schema import Model
 
 SWIGLU_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "smollm3")
 """Architectures whose feed-forward networks can give way to experts."""
 _LAYERS = re.compile(r"all|(every|spread)_[1-9][0-9]*")
+_MULTIPLE = 8
+_BASE_MATRICES, _GATED_MATRICES = 2, 3
 
 
 class FfnLayer(StrEnum):
@@ -184,3 +187,41 @@ def ffn_problems(ffn: FfnConfig) -> list[str]:
                 f"first, got {starts}; leave it empty to ask the tokenizer"
             )
     return problems
+
+
+def expert_width(ffn: FfnConfig, dense_width: int) -> int:
+    """Feed-forward width of one expert; where it is not given, the one that costs a token the FLOPs of the dense one.
+
+    Args:
+        ffn: Of the layer.
+        dense_width: Feed-forward width of the dense network.
+
+    Raises:
+        ConfigError: If the shared network leaves nothing for the experts.
+    """
+    if ffn.hidden_width is not None:
+        return ffn.hidden_width
+    if ffn.layer is FfnLayer.base:
+        inner = dense_width if ffn.placement is Placement.inserted else dense_width * _GATED_MATRICES / _BASE_MATRICES
+        return _rounded(inner / ffn.num_sublayers)
+    if ffn.layer is not FfnLayer.top_k:
+        return dense_width
+    rest = dense_width - ffn.shared_hidden_width
+    if rest < _MULTIPLE:
+        raise ConfigError(
+            [
+                f"ffn.shared_hidden_width ({ffn.shared_hidden_width}) leaves no width for experts below the dense "
+                f"network's {dense_width}; lower it, or set ffn.hidden_width"
+            ]
+        )
+    return _rounded(rest / copies_per_token(ffn))
+
+
+def copies_per_token(ffn: FfnConfig) -> int:
+    """Experts that a token takes, on average."""
+    is_many = ffn.layer is FfnLayer.top_k and ffn.router in (RouterName.top_k, RouterName.expert_choice)
+    return ffn.experts_per_token if is_many else 1
+
+
+def _rounded(width: float) -> int:
+    return max(_MULTIPLE, round(width / _MULTIPLE) * _MULTIPLE)

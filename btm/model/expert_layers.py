@@ -7,15 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from btm.config_ffn import Balance, FfnConfig, FfnLayer, Initial, Placement, RouterName
+from btm.config_ffn import Balance, FfnConfig, FfnLayer, Initial, copies_per_token, expert_width
 from btm.errors import ConfigError
 from btm.model.learning_routers import LearningDepths, learning_modality_layer
 from moe_kernels import BaseConfig, ModalityConfig, TopKConfig
 from moe_kernels.experts import ResidualFfnStack, SwigluExperts, SwigluFfn
 from moe_kernels.layers import DemixLayer
-
-_MULTIPLE = 8
-_BASE_MATRICES, _GATED_MATRICES = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,44 +67,6 @@ def build_layer(ffn: FfnConfig, dense: DenseNetwork, num_domains: int, *, place:
     _draw(depths.auxiliary, dense.deviation)
     nn.init.normal_(depths.weight_1D, std=dense.deviation)
     return depths
-
-
-def expert_width(ffn: FfnConfig, dense_width: int) -> int:
-    """Feed-forward width of one expert; where it is not given, the one that costs a token the FLOPs of the dense one.
-
-    Args:
-        ffn: Of the layer.
-        dense_width: Feed-forward width of the dense network.
-
-    Raises:
-        ConfigError: If the shared network leaves nothing for the experts.
-    """
-    if ffn.hidden_width is not None:
-        return ffn.hidden_width
-    if ffn.layer is FfnLayer.base:
-        inner = dense_width if ffn.placement is Placement.inserted else dense_width * _GATED_MATRICES / _BASE_MATRICES
-        return _rounded(inner / ffn.num_sublayers)
-    if ffn.layer is not FfnLayer.top_k:
-        return dense_width
-    rest = dense_width - ffn.shared_hidden_width
-    if rest < _MULTIPLE:
-        raise ConfigError(
-            [
-                f"ffn.shared_hidden_width ({ffn.shared_hidden_width}) leaves no width for experts below the dense "
-                f"network's {dense_width}; lower it, or set ffn.hidden_width"
-            ]
-        )
-    return _rounded(rest / copies_per_token(ffn))
-
-
-def copies_per_token(ffn: FfnConfig) -> int:
-    """Experts that a token takes, on average."""
-    is_many = ffn.layer is FfnLayer.top_k and ffn.router in (RouterName.top_k, RouterName.expert_choice)
-    return ffn.experts_per_token if is_many else 1
-
-
-def _rounded(width: float) -> int:
-    return max(_MULTIPLE, round(width / _MULTIPLE) * _MULTIPLE)
 
 
 def _top_k(ffn: FfnConfig, dense: DenseNetwork, num_domains: int) -> nn.Module:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from btm.config_ffn import FfnConfig, FfnLayer, RouterName, Score
+from btm.config_ffn import FfnConfig, FfnLayer, RouterName, Score, copies_per_token
 from btm.errors import ConfigError
 from btm.model.causal_lm import save_model
 from btm.model.expert_block import expert_modules
-from btm.model.expert_layers import copies_per_token
 from btm.model.sparse_lm import sparsity_of
 from moe_kernels.experts import SwigluExperts, SwigluFfn
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from btm.config_ffn import FfnConfig, FfnLayer, Initial, Placement
+from btm.config_ffn import FfnConfig, FfnLayer, Initial, Placement, copies_per_token
 from btm.errors import CheckpointError, ConfigError
 from btm.files import write_json
 from btm.model.expert_block import ExpertLayerModule, NoFeedForward, expert_modules, make_expert_block, supply_pass
-from btm.model.expert_layers import DenseNetwork, build_layer, copies_per_token
+from btm.model.expert_layers import DenseNetwork, build_layer
 from btm.model.loss import LINEAR_HEADS
 from btm.schema import Model
 from moe_kernels.layers import MixtureOfDepths
