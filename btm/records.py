@@ -4,13 +4,16 @@ Each result carries ``spec_sha256``, the hash of the request (``btm/requests.py`
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from btm.errors import ForestError
 from btm.files import read_json, sha256_of_json, write_json
 from btm.schema import Model
+
+PICTURES_FILE = "pictures.npy"
+"""In the directory of a prepared domain with pictures: which document shows which."""
 
 
 class StoredModel(Model):
@@ -161,6 +164,17 @@ class ForestManifest(StoredModel):
     elms: list[ElmRecord] = []
 
 
+class ModalityScore(Model):
+    """One model on the tokens of one modality in one domain's test documents."""
+
+    perplexity: float
+    low: float
+    """2.5 % bootstrap quantile over documents."""
+    high: float
+    """97.5 % bootstrap quantile over documents."""
+    tokens: int
+
+
 class DomainScore(Model):
     """One model on one domain's test documents."""
 
@@ -171,6 +185,15 @@ class DomainScore(Model):
     """97.5 % bootstrap quantile over documents."""
     bits_per_byte: float
     tokens: int
+    modalities: dict[str, ModalityScore] = {}
+    """``text`` and ``image`` -> score of the tokens of that kind; empty, and not stored, for domains of text alone."""
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        stored = serialize(self)
+        if not self.modalities:
+            stored.pop("modalities", None)
+        return stored
 
 
 class ModelScores(Model):

@@ -196,7 +196,9 @@ class EvaluateSpec(SpecModel):
     """Score directory -> hash of the request that its scores answer, so that new scores are noticed."""
     ledgers: dict[str, Ledger] = {}
     test_prefixes: dict[str, str] = {}
-    """Domain -> test shard, for the posterior traces."""
+    """Domain -> test shard, for the posterior traces and the modality of each token."""
+    pictured: list[str] = []
+    """Domains with pictures: their scores are also given by modality."""
     tokenizer_dir: str
     ensemble: EnsembleConfig
     evaluate: EvaluateConfig

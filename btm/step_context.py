@@ -6,7 +6,7 @@ from pathlib import Path
 from btm.budget import Updates
 from btm.config import Config
 from btm.forest import Forest
-from btm.records import DomainInfo
+from btm.records import PICTURES_FILE, DomainInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +41,10 @@ class Context:
     def corpus(self, domain: str, split: str) -> str:
         """Prefix of a token shard."""
         return str(self.forest_dir / "corpus" / domain / split)
+
+    def has_pictures(self, domain: str) -> bool:
+        """Whether documents of a prepared domain hold pictures."""
+        return (self.forest_dir / "corpus" / domain / PICTURES_FILE).is_file()
 
     def forest(self) -> Forest:
         """The forest as it is now."""

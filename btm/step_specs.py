@@ -262,6 +262,7 @@ def _evaluate_spec(step: Step, context: Context) -> EvaluateSpec:
         },
         ledgers=_ledgers(context, forest, random),
         test_prefixes={domain: str(context.forest_dir / "corpus" / domain / "test") for domain in everywhere},
+        pictured=[domain for domain in everywhere if context.has_pictures(domain)],
         tokenizer_dir=str(forest.tokenizer_dir),
         ensemble=config.ensemble,
         evaluate=config.evaluate,

@@ -142,6 +142,7 @@ def sparse_evaluate_spec(context: Context) -> EvaluateSpec:
         },
         ledgers=_ledgers(context),
         test_prefixes={domain: context.corpus(domain, "test") for domain in everywhere},
+        pictured=[domain for domain in everywhere if context.has_pictures(domain)],
         tokenizer_dir=str(context.forest_dir / "tokenizer"),
         ensemble=config.ensemble,
         evaluate=config.evaluate,

@@ -6,6 +6,7 @@ from typing import Any
 
 from btm.files import write_json
 from btm.forest import Forest, file_hashes
+from btm.modality_table import losses_by_domain
 from btm.records import Evaluation
 from btm.tables import mean_perplexity
 
@@ -43,6 +44,9 @@ def write_summary(forest_dir: Path, added: Sequence[str]) -> dict[str, Any]:
             for name, scores in evaluation.models.items()
         },
     }
+    losses = {name: found for name, scores in evaluation.models.items() if (found := losses_by_domain(scores))}
+    if losses:
+        summary["loss_by_modality"] = losses
     additions = [_added_domain(forest_dir, evaluation, domain) for domain in added]
     if additions:
         summary["added_domain"] = additions[0] if len(additions) == 1 else additions

@@ -114,7 +114,7 @@ class EvaluationTable:
         yield from (Text(f"{plain(name)}: {plain(scores.note)}") for name, scores in models.items() if scores.note)
 
     def _table(self, columns: Sequence[str | None], label: int, width: int, *, with_ledger: bool) -> Table:
-        table = _new_table()
+        table = new_table()
         table.add_column("model", width=label, overflow="fold")
         for domain in columns:
             table.add_column(_heading(domain, self.evaluation, width), justify="right", width=width, no_wrap=True)
@@ -165,7 +165,7 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
 
 def forest_table(manifest: ForestManifest) -> RenderableType:
     """Table of the models of a forest: parents, parameters, tokens, own dev loss, origin and time of joining."""
-    table = _new_table(title=f"forest {manifest.name}: {len(manifest.elms)} ELMs")
+    table = new_table(title=f"forest {manifest.name}: {len(manifest.elms)} ELMs")
     for name in ("model", "branched from"):
         table.add_column(name, overflow="fold", ratio=1, min_width=12)
     for name in ("parameters", "tokens", "dev loss", "origin"):
@@ -241,7 +241,7 @@ def key_value_table(values: Mapping[str, object], *, title: str | None = None) -
 def rows_table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> Table:
     """Any table of texts and numbers; numbers (and columns of them) stand to the right."""
     listed = [list(row) for row in rows]
-    table = _new_table(title=title)
+    table = new_table(title=title)
     for index, heading in enumerate(headings):
         numeric = bool(listed) and all(isinstance(row[index], int | float) for row in listed)
         table.add_column(Text(plain(heading)), justify="right" if numeric else "left", overflow="fold")
@@ -250,7 +250,8 @@ def rows_table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, tit
     return table
 
 
-def _new_table(title: str | None = None) -> Table:
+def new_table(title: str | None = None) -> Table:
+    """An empty table in the style of all others."""
     heading = Text(plain(title), style="bold") if title else None
     return Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", padding=(0, 0), header_style="bold")
 

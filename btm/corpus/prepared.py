@@ -20,10 +20,8 @@ from btm.corpus.sources import DomainSource, describe_change
 from btm.corpus.survey import DOCUMENT_FILES, load_documents, survey_settings
 from btm.errors import BtmError, DataError
 from btm.files import read_json, sha256_of_file, sha256_of_json, write_json
-from btm.records import DomainInfo
+from btm.records import PICTURES_FILE, DomainInfo
 
-PICTURES_FILE = "pictures.npy"
-"""Which document shows which picture, in domains with pictures; see :mod:`btm.corpus.images.splits`."""
 _FATES, _RECORD, INFO_FILE = "fates.npy", "prepared.json", "corpus.json"
 
 

@@ -24,6 +24,7 @@ from btm.evaluate.report_tables import (
     bits_table,
     ledger_table,
     lineage_table,
+    modality_table,
     perplexity_table,
     runs_table,
 )
@@ -136,6 +137,7 @@ def _perplexity(data: ReportData) -> list[str]:
             f"{evaluation.sequence_length} tokens that are the same for every model. Lower is better."
         ),
         perplexity_table(evaluation),
+        modality_table(evaluation),
         web.details("Bits per byte, which models with other tokenizers can be compared by", bits_table(evaluation)),
         web.heading("Comparison by domain"),
         web.figure(

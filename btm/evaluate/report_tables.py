@@ -5,6 +5,7 @@ from statistics import fmean
 
 from btm.evaluate import report_html as web
 from btm.evaluate.report_data import Run
+from btm.modality_table import ModalityLosses
 from btm.records import DomainScore, Evaluation, ForestManifest, Ledger
 from btm.tables import (
     domain_label,
@@ -32,6 +33,20 @@ def perplexity_table(evaluation: Evaluation) -> str:
     notes = "; ".join(f"{name}: {scores.note}" for name, scores in evaluation.models.items() if scores.note)
     table = _score_table(evaluation, means, cell, format_perplexity, caption)
     return table + (web.paragraph(f"Rows: {notes}.", soft=True) if notes else "")
+
+
+def modality_table(evaluation: Evaluation) -> str:
+    """Loss of text and of image tokens apart, one column for each domain with pictures; empty without pictures."""
+    losses = ModalityLosses.of(evaluation)
+    if not losses.columns:
+        return ""
+    rows = [
+        [web.row_head(name), *(web.number_cell(text, best=is_best) for text, is_best in losses.cells(name))]
+        for name in losses.rows
+    ]
+    headings = ["model", *(f"{domain_label(evaluation, domain)}: {kind}" for domain, kind in losses.columns)]
+    caption = "Test loss in nats per token of text and of image tokens apart; the marks around pictures count as text."
+    return web.table(headings, rows, caption)
 
 
 def bits_table(evaluation: Evaluation) -> str:

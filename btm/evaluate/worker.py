@@ -88,7 +88,21 @@ def _domain_rows(spec: EvaluateSpec, domain: str, members: ElmScores | None, pri
     seed = zlib.crc32(f"{spec.seed}/{domain}".encode())
     samples = spec.evaluate.bootstrap_samples
     starts, sizes = reference.document_starts, reference.document_bytes
-    return {row: domain_score(values, starts, sizes, samples=samples, seed=seed) for row, values in logp.items()}
+    kinds = _modalities(spec, domain, int(starts[-1])) if domain in spec.pictured else None
+    return {
+        row: domain_score(values, starts, sizes, samples=samples, seed=seed, modalities=kinds)
+        for row, values in logp.items()
+    }
+
+
+def _modalities(spec: EvaluateSpec, domain: str, num_tokens: int) -> dict[str, np.ndarray]:
+    """Which of the scored tokens are of each modality, bool ``(tokens,)`` by its name."""
+    from btm.corpus.images.vocabulary import MODALITIES, modality_of, modality_table
+    from btm.corpus.shards import TokenShard
+
+    ids = np.asarray(TokenShard(spec.test_prefixes[domain]).tokens[:num_tokens], dtype=np.int64)
+    found = modality_of(ids, modality_table(spec.tokenizer_dir))
+    return {name: found == number for number, name in enumerate(MODALITIES)}
 
 
 def _members(directories: dict[str, str], key: str) -> ElmScores | None:

@@ -106,8 +106,12 @@ def check_disk(steps: Sequence[Step], forest_dir: Path) -> None:
 
 def print_evaluation(config: Config, console: Console) -> None:
     """Print the table of the forest's evaluation, and where the report is."""
+    from btm.modality_table import modality_table
     from btm.tables import evaluation_table
 
     forest_dir = Path(config.forest)
-    console.print(evaluation_table(Evaluation.load(forest_dir / "evaluation.json")))
+    evaluation = Evaluation.load(forest_dir / "evaluation.json")
+    console.print(evaluation_table(evaluation))
+    if table := modality_table(evaluation):
+        console.print(table)
     console.print(f"report: {forest_dir / 'report.html'}", soft_wrap=True)

@@ -14,8 +14,8 @@ import numpy as np
 
 from btm.corpus.dedup import Fate
 from btm.corpus.images.marks import pictures_in
-from btm.corpus.prepared import PICTURES_FILE
 from btm.errors import DataError
+from btm.records import PICTURES_FILE
 
 Shown = np.ndarray
 """Which document shows which picture: uint64 ``(pairs, 2)`` of document number and first 64 bits of the hash."""
