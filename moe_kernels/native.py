@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-w")
 _BUILD_TIMEOUT_S = 300
 
 
@@ -45,28 +45,33 @@ def _processor() -> str:
     return platform.machine() + platform.processor()
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
+def _compile(compiler: str, source: Path, target: Path, has_openmp: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        for extra in (("-march=native",), ()):
-            command = [compiler, *_FLAGS, *extra, str(source), "-o", name]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
+        compiled, linked = Path(scratch, "library.o"), Path(scratch, "library.so")
+        flags = [*_FLAGS, *(["-fopenmp"] if has_openmp else [])]
+        for extra in (["-march=native"], []):
+            command = [compiler, *flags, *extra, "-c", str(source), "-o", str(compiled)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
             if done.returncode == 0:
-                Path(name).replace(target)
-                return
-        raise OSError(f"{compiler} could not build {source.name}: {done.stderr[-500:]}")
-    finally:
-        Path(name).unlink(missing_ok=True)
+                break
+        else:
+            raise OSError(f"{compiler} could not build {source.name}: {done.stderr[-500:]}")
+        # Linked without -fopenmp: the OpenMP functions are then torch's own, so there is one pool of threads.
+        command = [compiler, "-shared", "-pthread", str(compiled), "-o", str(linked)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
+        if done.returncode:
+            raise OSError(f"{compiler} could not link {source.name}: {done.stderr[-500:]}")
+        linked.replace(target)
 
 
-def build_library(source: Path, *, compiler: str) -> Path:
+def build_library(source: Path, *, compiler: str, has_openmp: bool = True) -> Path:
     """Build a shared library unless the cache holds one of the same sources, flags, compiler and processor.
 
     Args:
         source: The C++ file; headers beside it count as sources too.
         compiler: Path of the compiler.
+        has_openmp: Whether it shares torch's OpenMP threads; otherwise it starts threads of its own.
 
     Returns:
         Path of the library.
@@ -74,14 +79,14 @@ def build_library(source: Path, *, compiler: str) -> Path:
     Raises:
         OSError: If the compiler fails or the cache cannot be written.
     """
-    key = hashlib.sha256("\0".join([compiler, _processor(), *_FLAGS]).encode())
+    key = hashlib.sha256("\0".join([compiler, _processor(), str(has_openmp), *_FLAGS]).encode())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     key.update(version.encode())
     for path in sorted([*source.parent.glob("*.hpp"), source]):
         key.update(path.read_bytes())
     target = cache_dir() / f"{source.stem}-{key.hexdigest()[:20]}.so"
     if not target.exists():
-        _compile(compiler, source, target)
+        _compile(compiler, source, target, has_openmp)
     return target
 
 
@@ -101,8 +106,11 @@ def load_library(name: str) -> ctypes.CDLL | None:
     if not compiler:
         warnings.warn("moe_kernels found no C++ compiler and uses its slower torch code", stacklevel=2)
         return None
-    try:
-        return ctypes.CDLL(str(build_library(Path(__file__).parent / "native" / f"{name}.cpp", compiler=compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        warnings.warn(f"moe_kernels uses its slower torch code: {error}", stacklevel=2)
-        return None
+    source, problem = Path(__file__).parent / "native" / f"{name}.cpp", ""
+    for has_openmp in (True, False):  # without, where the compiler has none or torch's is another kind
+        try:
+            return ctypes.CDLL(str(build_library(source, compiler=compiler, has_openmp=has_openmp)))
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = str(error)
+    warnings.warn(f"moe_kernels uses its slower torch code: {problem}", stacklevel=2)
+    return None

@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_kernels.assignment import assign_balanced
 from moe_kernels.errors import check_choice, check_range
-from moe_kernels.selection import top_experts, top_tokens
+from moe_kernels.selection import top_experts, top_tokens, weighted_experts
 from moe_kernels.triton_kernels.routing import route_top_k, takes
 from moe_kernels.triton_kernels.runtime import BACKENDS, use_triton
 from moe_kernels.types import Routing, TokenInfo
@@ -77,8 +77,7 @@ class TopKRouter(nn.Module):
             )
         else:
             scores_TE, by_expert = _scores(logits_TE, self.score), None
-            expert_TK = top_experts(logits_TE, self.experts_per_token, backend=self.backend)
-            weight_TK = self._weights(logits_TE, scores_TE, expert_TK)
+            expert_TK, weight_TK = self._choose(logits_TE, scores_TE)
             probs_TE = scores_TE if self.score == "softmax" else _normalised(scores_TE)
         token_TK = torch.arange(num_tokens, device=x_TD.device).unsqueeze(1).expand_as(expert_TK)
         is_whole = info.is_real_T is None  # then nothing is picked out, which would need the host to count
@@ -94,13 +93,17 @@ class TopKRouter(nn.Module):
             by_expert=by_expert if is_whole else None,
         )
 
-    def _weights(self, logits_TE: torch.Tensor, scores_TE: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
+    def _choose(self, logits_TE: torch.Tensor, scores_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.score == "softmax" and self.is_renormalised and self.backend != "triton":
+            # the same as scaling the K probabilities, without a sum over all experts, whose rounding depends on their
+            # order
+            return weighted_experts(logits_TE, self.experts_per_token)
+        expert_TK = top_experts(logits_TE, self.experts_per_token, backend=self.backend)
         if not self.is_renormalised:
-            return scores_TE.gather(1, expert_TK)
+            return expert_TK, scores_TE.gather(1, expert_TK)
         if self.score == "sigmoid":
-            return _normalised(scores_TE.gather(1, expert_TK))
-        # the same as scaling the K probabilities, without a sum over all experts, whose rounding depends on their order
-        return torch.softmax(logits_TE.gather(1, expert_TK), dim=-1)
+            return expert_TK, _normalised(scores_TE.gather(1, expert_TK))
+        return expert_TK, torch.softmax(logits_TE.gather(1, expert_TK), dim=-1)
 
 
 class SwitchRouter(TopKRouter):

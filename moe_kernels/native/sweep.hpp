@@ -6,13 +6,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <functional>
 #include <limits>
-#include <thread>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#include "parallel.hpp"
 
 namespace moe {
 
@@ -155,21 +154,5 @@ inline void sweep_range<float>(const Rows<float>& rows, const float* price, int6
     for (; t < to; ++t) top2(rows, price, t, best);
 }
 #endif
-
-// Runs body(from, to) over equal ranges, multiples of `grain` long; results must not depend on how the range is cut.
-inline void parallel(int64_t count, int64_t work_per_item, int threads, int64_t grain,
-                     const std::function<void(int64_t, int64_t)>& body) {
-    if (threads <= 1 || count * work_per_item < (int64_t{1} << 19)) return body(0, count);
-    std::vector<std::thread> workers;
-    const int64_t share = ((count + threads - 1) / threads + grain - 1) / grain * grain;
-    for (int64_t from = share; from < count; from += share)
-        workers.emplace_back([&body, from, to = std::min(count, from + share)] { body(from, to); });
-    body(0, std::min(count, share));
-    for (auto& worker : workers) worker.join();
-}
-
-inline void parallel(int64_t count, int64_t work_per_item, int threads, const std::function<void(int64_t, int64_t)>& body) {
-    parallel(count, work_per_item, threads, 16, body);
-}
 
 }  // namespace moe

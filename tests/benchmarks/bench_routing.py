@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from moe_kernels import TopKConfig
 from moe_kernels.layers import RoutedLayer
-from moe_kernels.selection import sort_copies, top_experts, top_tokens
+from moe_kernels.selection import sort_copies, top_tokens, weighted_experts
 
 SHAPES = ((4096, 8, 2), (4096, 64, 8), (16384, 64, 8), (65536, 128, 8))
 LAYERS = {"A": (8, 1024, 2), "B": (64, 256, 8)}
@@ -45,8 +45,8 @@ def torch_token_choice(logits_TE: torch.Tensor, count: int) -> object:
 
 def our_token_choice(logits_TE: torch.Tensor, count: int) -> object:
     """The same with this library's selection."""
-    expert_TK = top_experts(logits_TE, count)
-    return logits_TE.gather(1, expert_TK).softmax(-1), sort_copies(expert_TK.reshape(-1), logits_TE.shape[1])
+    expert_TK, weight_TK = weighted_experts(logits_TE, count)
+    return weight_TK, sort_copies(expert_TK.reshape(-1), logits_TE.shape[1])
 
 
 def bench_routing(repeats: int) -> None:

@@ -1,5 +1,6 @@
 """Building native code: cached, atomic, safe from two processes at once, optional."""
 
+import ctypes
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -31,6 +32,18 @@ def test_two_processes_build_one_library(tmp_path, monkeypatch):
     for worker in workers:
         worker.join(60)
     assert [path.name for path in cache_dir().iterdir()] == [Path(paths.pop()).name]
+
+
+@needs_compiler
+def test_a_library_without_openmp_gives_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_KERNELS_CACHE_DIR", str(tmp_path))
+    path = build_library(SOURCE.with_name("routing.cpp"), compiler=COMPILER, has_openmp=False)
+    scores = torch.randn(5000, 48, generator=torch.Generator().manual_seed(0))
+    expert = torch.empty(5000, 3, dtype=torch.int64)
+    sizes = [ctypes.c_int64(size) for size in (5000, 48, 3)]
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (scores, expert)]
+    assert ctypes.CDLL(str(path)).moe_top_k(pointers[0], *sizes, 3, pointers[1], None) == 0
+    assert torch.equal(expert, scores.topk(3, dim=1).indices)
 
 
 def test_without_native_code_the_torch_code_answers(monkeypatch):
