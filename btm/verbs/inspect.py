@@ -1,4 +1,4 @@
-"""``btm inspect``: one ELM in full, with every file compared to its checksum."""
+"""``btm inspect``: one ELM in full, with every file compared to its checksum; or one domain of a DEMix model."""
 
 from btm.config import Config
 from btm.errors import ForestError
@@ -13,6 +13,11 @@ def main(config: Config) -> None:
         ForestError: If a file is missing or damaged.
     """
     forest, name = existing_forest(config), required_domain(config, "inspect")
+    if config.ffn.is_sparse:
+        from btm.verbs.show_experts import inspect_experts
+
+        inspect_experts(config, name)
+        return
     record = forest.manifest.seed if name == "seed" and forest.manifest.seed else forest.elm(name)
     if config.output_json:
         print(record.model_dump_json(indent=2))

@@ -1,4 +1,4 @@
-"""``btm list``: the ELMs of a forest."""
+"""``btm list``: the ELMs of a forest, or the domains of a DEMix model."""
 
 from btm.config import Config
 from btm.session import console_for, existing_forest
@@ -6,8 +6,13 @@ from btm.tables import forest_table
 
 
 def main(config: Config) -> None:
-    """Print the ELMs as a table, or the manifest with ``json=true``."""
+    """Print the ELMs as a table, or the manifest with ``json=true``; of a sparse run, what its model has."""
     forest = existing_forest(config)
+    if config.ffn.is_sparse:
+        from btm.verbs.show_experts import list_experts
+
+        list_experts(config)
+        return
     if config.output_json:
         print(forest.manifest.model_dump_json(indent=2))
     else:
