@@ -5,11 +5,12 @@ ELM takes the other ``(1 - s) * U`` updates with an equal share of the batch, so
 as many tokens as a dense model trained for ``U`` updates (Branch-Train-Merge, https://arxiv.org/abs/2208.03306).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from btm.config_model import ModelConfig
+from btm.config_ffn import FfnConfig, FfnLayer, Placement, RouterName, copies_per_token, expert_width
+from btm.config_model import Dtype, ModelConfig
 from btm.config_train import TrainConfig
 from btm.files import read_json
 
@@ -21,10 +22,15 @@ class ModelSize:
     num_parameters: int
     """All weights."""
     num_matmul_parameters: int
-    """Weights that multiply every token: without the input embedding, with the output head."""
+    """Weights that multiply a token: without the input embedding, with the output head; of experts, those that a token
+    meets on average."""
     num_layers: int
     attention_width: int
     """Heads times head width."""
+    hidden_size: int
+    """Model width."""
+    intermediate_size: int
+    """Feed-forward width of the dense network."""
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs (forward and backward) per token: 6 per matmul weight plus attention over the sequence."""
@@ -33,8 +39,19 @@ class ModelSize:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of one training checkpoint: fp32 master weights and two Adam moments."""
+        """Bytes of one training checkpoint: fp32 master weights and two Adam moments, of all experts."""
         return 12 * self.num_parameters
+
+    def model_bytes(self, dtype: Dtype) -> int:
+        """Bytes of the finished model on disk."""
+        return (4 if dtype is Dtype.fp32 else 2) * self.num_parameters
+
+    def training_bytes(self, dtype: Dtype) -> int:
+        """Bytes of memory that one process of the torch engine holds between two updates, activations left out.
+
+        fp32 master weights, gradients and two Adam moments; with bf16 also the weights that forward and backward use.
+        """
+        return (16 if dtype is Dtype.fp32 else 18) * self.num_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +107,66 @@ def model_size(config: ModelConfig, vocab_size: int) -> ModelSize:
         num_matmul_parameters=layers * block + embedding,
         num_layers=layers,
         attention_width=attention_width,
+        hidden_size=width,
+        intermediate_size=sizes["intermediate_size"],
     )
+
+
+def sparse_size(dense: ModelSize, ffn: FfnConfig, num_domains: int, *, is_pretrained: bool = False) -> ModelSize:
+    """Size of a model with expert layers.
+
+    Args:
+        dense: The model whose feed-forward networks give way.
+        ffn: The expert layers.
+        num_domains: Experts of a DEMix layer.
+        is_pretrained: Whether weights are taken over, which decides where BASE layers stand.
+
+    Returns:
+        ``dense`` itself when there are no expert layers.
+
+    Raises:
+        ConfigError: If the shared network of ``top_k`` layers leaves nothing for the experts.
+    """
+    if not ffn.is_sparse:
+        return dense
+    if ffn.placement is None:
+        ffn = ffn.model_copy(update={"placement": Placement.inserted if is_pretrained else Placement.in_place})
+    stays = ffn.layer is FfnLayer.base and ffn.placement is Placement.inserted
+    network = 0 if stays else 3 * dense.hidden_size * dense.intermediate_size
+    all_weights, met = 0, 0.0
+    for place in range(len(ffn.blocks(dense.num_layers))):
+        layer = _expert_layer(dense, ffn, num_domains, is_shallow=ffn.depth_fraction is not None and place % 2 == 0)
+        all_weights += layer[0] - network
+        met += layer[1] - network
+    return replace(
+        dense,
+        num_parameters=dense.num_parameters + all_weights,
+        num_matmul_parameters=dense.num_matmul_parameters + round(met),
+    )
+
+
+def _expert_layer(dense: ModelSize, ffn: FfnConfig, num_domains: int, *, is_shallow: bool) -> tuple[int, float]:
+    """All weights of one expert layer, and how many of those in matrices a token meets on average."""
+    width = dense.hidden_size
+    inner = expert_width(ffn, dense.intermediate_size)
+    experts = {FfnLayer.demix: num_domains, FfnLayer.modality: sum(ffn.group_sizes)}.get(ffn.layer, ffn.num_experts)
+    matrices, vectors = 3 * width * inner, 0
+    if ffn.layer is FfnLayer.base:
+        matrices, vectors = 2 * width * inner * ffn.num_sublayers, (3 * width + inner) * ffn.num_sublayers
+    has_scores = ffn.layer is not FfnLayer.demix and (
+        ffn.layer is not FfnLayer.top_k or ffn.router is not RouterName.hash
+    )
+    # What every token passes: routers and the shared network.
+    common, biases = experts * width if has_scores else 0, 0
+    if ffn.layer is FfnLayer.top_k:
+        common += 3 * width * ffn.shared_hidden_width
+    if ffn.layer is FfnLayer.modality:
+        auxiliary = max(1, width // 2)
+        outputs = [experts, *([1] if is_shallow else [])]
+        common += sum(auxiliary * (width + count) for count in outputs) + (width if is_shallow else 0)
+        biases = sum(auxiliary + count for count in outputs)
+    share = copies_per_token(ffn) / experts * (ffn.depth_fraction or 1.0 if is_shallow else 1.0)
+    return experts * (matrices + vectors) + common + biases, experts * matrices * share + common
 
 
 def divide_updates(train: TrainConfig, num_elms: int) -> Updates:

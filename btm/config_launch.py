@@ -1,5 +1,6 @@
 """Keys ``launch.*`` and ``tracking.*``: where tasks run and where their metrics go."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
@@ -50,6 +51,28 @@ class SlurmConfig(Model):
     """Further options of sbatch, such as ``--constraint=a100`` or ``--mem=64G``."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupSize:
+    """What one ELM trains on."""
+
+    num_cpus: int
+    num_gpus: int
+    num_processes: int
+
+
+class GroupConfig(Model):
+    """Some ELMs that train on more, or on less, than the others."""
+
+    elms: list[str]
+    """Names of the ELMs (or of the domains that join a DEMix model), at least one; each in one group only."""
+    cpus_per_elm: int | None = Field(default=None, ge=1)
+    """Cores of each of them; null is ``launch.cpus_per_elm``, or ``num_processes`` where that is more."""
+    gpus_per_elm: int | None = Field(default=None, ge=0)
+    """GPUs of each of them; null is ``launch.gpus_per_elm``."""
+    num_processes: int | None = Field(default=None, ge=1)
+    """Data-parallel processes of each of them; null is one per GPU, or ``engine.num_processes``."""
+
+
 class LaunchConfig(Model):
     """Who runs the tasks of a plan."""
 
@@ -59,6 +82,8 @@ class LaunchConfig(Model):
     """Cores of one ELM's group."""
     gpus_per_elm: int = Field(default=0, ge=0)
     """GPUs of one ELM's group."""
+    groups: dict[str, GroupConfig] = {}
+    """Any name -> ELMs of another size than the others, such as ``launch.groups.large={elms: [code], gpus_per_elm: 8}``."""
     num_groups: int | None = Field(default=None, ge=1)
     """ELMs that train at the same time; null is as many as the machine or cluster holds."""
     max_restarts: int = Field(default=2, ge=0)
@@ -71,7 +96,52 @@ class LaunchConfig(Model):
     """Seconds between two looks at the running tasks."""
     slurm: SlurmConfig = SlurmConfig()
     """How ``launch=slurm`` submits its jobs."""
-    """How jobs are submitted with ``launch=slurm``."""
+
+    def size_of(self, elm: str, *, num_processes: int) -> GroupSize:
+        """Cores, GPUs and processes of one ELM: those of its group, and where that says nothing, those of all.
+
+        Args:
+            elm: Name of the ELM.
+            num_processes: Of an ELM in no group, ``engine.num_processes``.
+        """
+        group = next((group for group in self.groups.values() if elm in group.elms), None)
+        gpus = self.gpus_per_elm if group is None or group.gpus_per_elm is None else group.gpus_per_elm
+        asked = None if group is None else group.num_processes
+        processes = asked or max(gpus, num_processes)
+        cpus = self.cpus_per_elm if group is None else group.cpus_per_elm or max(self.cpus_per_elm, processes)
+        return GroupSize(num_cpus=cpus, num_gpus=gpus, num_processes=processes)
+
+
+def group_problems(launch: LaunchConfig, *, num_processes: int) -> list[str]:
+    """List contradictions between the groups, worded for the user.
+
+    Args:
+        launch: Holds the groups.
+        num_processes: ``engine.num_processes``.
+    """
+    problems = []
+    owners: dict[str, str] = {}
+    for name, group in launch.groups.items():
+        key = f"launch.groups.{name}"
+        if not group.elms:
+            problems.append(f"{key}.elms must name at least one ELM, got []; leave the group out")
+        for elm in group.elms:
+            if (other := owners.setdefault(elm, name)) != name:
+                problems.append(f"{key}.elms names {elm!r}, which is in launch.groups.{other} already; name it in one")
+        if duplicates := sorted({elm for elm in group.elms if group.elms.count(elm) > 1}):
+            problems.append(f"{key}.elms must name each ELM once, got {duplicates} more than once")
+        size = launch.size_of(group.elms[0], num_processes=num_processes) if group.elms else None
+        if size and size.num_cpus < size.num_processes:
+            problems.append(
+                f"{key}.cpus_per_elm must be at least its number of processes ({size.num_processes}), "
+                f"got {size.num_cpus}"
+            )
+        if size and 0 < size.num_gpus < size.num_processes:
+            problems.append(
+                f"{key}.num_processes must be at most gpus_per_elm ({size.num_gpus}), so that each has a GPU, "
+                f"got {size.num_processes}"
+            )
+    return problems
 
 
 class TrackerName(StrEnum):

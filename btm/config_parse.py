@@ -6,12 +6,13 @@ checks that concern several fields.
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from btm.config import Config
 from btm.config_ffn import SWIGLU_ARCHITECTURES, FfnLayer, ffn_problems
+from btm.config_launch import group_problems
 from btm.config_merge import MergeMethodName
 from btm.config_model import engine_problems
 from btm.config_train import BranchOptimizer, BranchSource
@@ -40,14 +41,19 @@ def key_problem(dotted: str) -> str | None:
     """Say why ``dotted`` (``train.lr``) is not a key of the configuration; None when it is one."""
     model: type[BaseModel] | None = Config
     seen: list[str] = []
+    is_named = False
     for part in dotted.split("."):
         if model is None:
             return None
+        if is_named:
+            # A free name, as in launch.groups.<name>; what comes behind it is not free.
+            seen, is_named = [*seen, part], False
+            continue
         fields = _fields(model)
         if part not in fields:
             return _unknown_key([*seen, part], fields)
         seen.append(part)
-        model = _submodel(fields[part])
+        model, is_named = _submodel(fields[part]), get_origin(fields[part].annotation) is dict
     return None
 
 
@@ -168,6 +174,7 @@ def _other_problems(config: Config) -> list[str]:
             f"launch.cpus_per_elm must be at least engine.num_processes ({config.engine.num_processes}), "
             f"got {config.launch.cpus_per_elm}"
         )
+    problems += group_problems(config.launch, num_processes=config.engine.num_processes)
     problems += engine_problems(config.engine, is_sparse=config.ffn.is_sparse)
     for key in model.extra:
         if names_secret(key):
@@ -180,7 +187,9 @@ def _describe(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         model = Config
         for part in path[:-1]:
-            model = _submodel(_fields(model).get(part)) or Config
+            field = _fields(model).get(part)
+            # Without a field it is a free name, as in launch.groups.<name>.
+            model = _submodel(field) or Config if field else model
         return _unknown_key(path, _fields(model))
     if item["type"] == "int_parsing_size":
         return f"{'.'.join(path)} is too large, got {item['input']!r}"

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from btm.budget import ModelSize, Updates, divide_updates
+from btm.budget import ModelSize, Updates, divide_updates, sparse_size
 from btm.config import Config
 from btm.config_ffn import FfnLayer
+from btm.config_launch import GroupSize
 from btm.config_merge import MergeMethodName
 from btm.config_train import BranchSource
 
@@ -84,6 +85,13 @@ class PlanInput:
     def evaluated(self) -> list[str]:
         """Domains with and without an ELM."""
         return [*self.domains, *self.novel]
+
+    def size_of(self, name: str, *, more_domains: int = 0) -> ModelSize:
+        """Size of the model that the training ``name`` makes, with the experts of ``more_domains`` that joined it."""
+        if name != "sparse":
+            return self.size
+        num_domains = len(self.domains) + more_domains
+        return sparse_size(self.size, self.config.ffn, num_domains, is_pretrained=bool(self.config.model.path))
 
 
 def plan_run(given: PlanInput) -> list[Step]:
@@ -200,7 +208,7 @@ def _sparse_addition(given: PlanInput, domain: str, updates: Updates) -> list[St
     )
     name = f"expert/{domain}"
     train = _train_step(given, name, (branch.name,), updates.total, updates.elm_batch_sequences)
-    size = 2 * given.size.num_parameters * (len(given.domains) + 1)
+    size = 2 * given.size_of("sparse", more_domains=1).num_parameters
     grow = Step(name=f"grow/{domain}", kind=StepKind.experts, needs=(name,), disk_bytes=size)
     return [prepare, branch, train, grow, Step(name=f"join/{domain}", kind=StepKind.joining, needs=(grow.name,))]
 
@@ -238,23 +246,37 @@ def _train_step(
 ) -> Step:
     config, length = given.config, given.config.train.sequence_length
     tokens = updates * sequences * length
-    gpus = given.machine.num_gpus if whole_machine else config.launch.gpus_per_elm
-    gpus = gpus if config.launch.gpus_per_elm else 0
-    processes = max(gpus, config.engine.num_processes) if gpus else config.engine.num_processes
+    share = _whole_machine(given) if whole_machine else _share_of(given, name)
+    processes = share.num_processes
     while sequences % processes:
         processes -= 1
+    size = given.size_of(name)
     return Step(
         name=name,
         kind=StepKind.train,
         needs=needs,
         num_processes=processes,
-        num_cpus=max(processes, given.machine.num_cpus if whole_machine else config.launch.cpus_per_elm),
-        num_gpus=min(gpus, processes),
+        num_cpus=max(processes, share.num_cpus),
+        num_gpus=min(share.num_gpus, processes),
         tokens=tokens,
         updates=updates,
-        flops=tokens * given.size.flops_per_token(length),
-        disk_bytes=config.train.keep_checkpoints * given.size.checkpoint_bytes + 2 * given.size.num_parameters,
+        flops=tokens * size.flops_per_token(length),
+        disk_bytes=config.train.keep_checkpoints * size.checkpoint_bytes + size.model_bytes(config.engine.dtype),
     )
+
+
+def _share_of(given: PlanInput, name: str) -> GroupSize:
+    """What one ELM (``elm/<domain>``), the experts of one domain or a model of the random split trains on."""
+    kind, _, domain = name.partition("/")
+    elm = domain if kind in ("elm", "expert") else ""
+    return given.config.launch.size_of(elm, num_processes=given.config.engine.num_processes)
+
+
+def _whole_machine(given: PlanInput) -> GroupSize:
+    config = given.config
+    gpus = given.machine.num_gpus if config.launch.gpus_per_elm else 0
+    processes = max(gpus, config.engine.num_processes)
+    return GroupSize(num_cpus=given.machine.num_cpus, num_gpus=gpus, num_processes=processes)
 
 
 def _score_step(given: PlanInput, name: str, needs: tuple[str, ...], num_splits: int) -> Step:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from btm.config import Config
+from btm.config_model import EngineName
 from btm.plan import PlanInput, Step, StepKind
 from btm.tables import format_bytes, format_count, format_duration, format_flops, key_value_table, rows_table
 
@@ -74,16 +75,41 @@ def _some(names: Sequence[str]) -> str:
 def _totals_table(steps: Sequence[Step], config: Config, given: PlanInput) -> Table:
     by_name = {step.name: step for step in steps}
     elm_tokens = sum(step.tokens for step in steps if step.name.startswith("elm/"))
-    groups = config.launch.num_groups or given.machine.num_cpus // config.launch.cpus_per_elm
-    values: dict[str, object] = {
-        "parameters per model": format_count(given.size.num_parameters),
-        "ELMs at the same time": groups,
-    }
+    size = given.size_of("sparse") if config.ffn.is_sparse else given.size
+    values: dict[str, object] = {"parameters per model": format_count(size.num_parameters)}
+    if config.ffn.is_sparse:
+        met = format_count(size.num_matmul_parameters)
+        values["parameters per model"] = f"{format_count(size.num_parameters)}, a token meets {met} in matrices"
+    else:
+        values["ELMs at the same time"] = _most_at_once(steps, config, given)
+    for name, group in config.launch.groups.items():
+        one = config.launch.size_of(group.elms[0], num_processes=config.engine.num_processes)
+        parts = f"{one.num_processes} processes, {one.num_cpus} cores, {one.num_gpus} GPUs"
+        values[f"group {name}"] = f"{', '.join(group.elms)}: each {parts}"
     if seed := by_name.get("seed"):
         values["tokens, seed + all ELMs"] = format_count(seed.tokens + elm_tokens)
         if dense := by_name.get("dense"):
             values["tokens, seed + dense"] = format_count(seed.tokens + dense.tokens)
     values["disk"] = format_bytes(sum(step.disk_bytes for step in steps))
+    if config.engine.name is EngineName.torch:
+        # Each data-parallel process holds all of it.
+        memory = format_bytes(size.training_bytes(config.engine.dtype))
+        values["memory of the largest training"] = f"{memory} per process, and what its activations take"
     values["FLOPs"] = format_flops(sum(step.flops for step in steps))
     values["estimated time"] = format_duration(makespan_seconds(steps, given.machine.num_cpus))
     return key_value_table(values, title="totals")
+
+
+def _most_at_once(steps: Sequence[Step], config: Config, given: PlanInput) -> int:
+    """ELMs that the machine holds at the same time when they are started in the order of the plan."""
+    elms = [step for step in steps if step.kind is StepKind.train and step.name.startswith(("elm/", "expert/"))]
+    cpus, gpus, count = given.machine.num_cpus, given.machine.num_gpus, 0
+    for step in elms:
+        cpus, gpus = cpus - step.num_cpus, gpus - step.num_gpus
+        if cpus < 0 or gpus < 0:
+            break
+        count += 1
+    room = given.machine.num_cpus // config.launch.cpus_per_elm
+    # Where all are alike, the machine could hold more than there are.
+    found = max(room, count) if not config.launch.groups else count
+    return min(config.launch.num_groups or found, found)

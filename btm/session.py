@@ -15,12 +15,11 @@ from btm.config_parse import config_to_dict
 from btm.errors import ConfigError, ForestError, RunError
 from btm.files import read_json, write_json
 from btm.forest import Forest
+from btm.machine import check_groups, machine, slurm_options
 from btm.orchestrator import Orchestrator, Outcome
-from btm.plan import Machine, PlanInput, Step
+from btm.plan import PlanInput, Step
 from btm.step_context import Context
 from btm.tracking import make_tracker
-from launch.resources import available_cores, available_gpus
-from launch.slurm_options import SlurmOptions, options_problems
 from launch.task import Executor
 
 _PRELOAD = ("torch", "transformers", "btm.train.worker", "btm.evaluate.score")
@@ -52,37 +51,15 @@ def domain_groups(config: Config) -> tuple[list[str], list[str], list[str]]:
     return domains, novel, later
 
 
-def machine(config: Config) -> Machine:
-    """What the executor can give out: this machine, or the groups of a cluster."""
-    launch = config.launch
-    if launch.executor is ExecutorName.slurm:
-        slurm_options(config)
-        cpus, gpus = launch.slurm.cpus_per_node, launch.slurm.gpus_per_node
-        return Machine(num_cpus=cpus or launch.cpus_per_elm, num_gpus=launch.gpus_per_elm if gpus is None else gpus)
-    if launch.num_groups and launch.executor is ExecutorName.ray and launch.ray_address:
-        groups = launch.num_groups
-        return Machine(num_cpus=groups * launch.cpus_per_elm, num_gpus=groups * launch.gpus_per_elm)
-    here = Machine(num_cpus=len(available_cores()), num_gpus=len(available_gpus()))
-    problems = [
-        f"launch.{key} must be at most {have} on this machine, got {wanted}"
-        for key, wanted, have in (
-            ("cpus_per_elm", launch.cpus_per_elm, here.num_cpus),
-            ("gpus_per_elm", launch.gpus_per_elm, here.num_gpus),
-        )
-        if wanted > have
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return here
-
-
 def plan_input(config: Config, domains: Sequence[str], novel: Sequence[str]) -> PlanInput:
     """Everything that the plan depends on.
 
     Raises:
-        ConfigError: If the machine is too small, or transformers has no such architecture.
+        ConfigError: If the machine is too small, transformers has no such architecture, or a group names no ELM.
     """
     check_architecture(config)
+    originals, _, later = domain_groups(config)
+    check_groups(config, [*originals, *later, *domains])
     return PlanInput(
         config=config,
         machine=machine(config),
@@ -116,27 +93,6 @@ def make_context(config: Config, domains: Sequence[str], novel: Sequence[str], *
         novel=list(novel),
         **more,
     )
-
-
-def slurm_options(config: Config) -> SlurmOptions:
-    """How jobs are submitted.
-
-    Raises:
-        ConfigError: If the values contradict each other.
-    """
-    given = config.launch.slurm
-    options = SlurmOptions(
-        partition=given.partition,
-        account=given.account,
-        qos=given.qos,
-        time_s=given.time_s,
-        grace_s=given.grace_s,
-        max_requeues=given.max_requeues,
-        more=tuple(given.more),
-    )
-    if problems := options_problems(options):
-        raise ConfigError([f"launch.slurm: {problem}" for problem in problems])
-    return options
 
 
 def slurm_state_dir(config: Config) -> Path:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from btm.budget import ModelSize
+from btm.budget import model_size
 from btm.config_ffn import FfnConfig
 from btm.config_parse import parse_config
 from btm.errors import ConfigError
@@ -69,7 +69,7 @@ def test_what_one_sparse_model_cannot_have_is_refused(raw, words):
 @pytest.mark.parametrize("layer", ["demix", "top_k"])
 def test_a_sparse_model_takes_the_whole_budget_and_no_elm_is_branched(layer):
     config = parse_config({"ffn": {"layer": layer}, "baselines": {"dense": True}})
-    size = ModelSize(num_parameters=10, num_matmul_parameters=10, num_layers=2, attention_width=8)
+    size = model_size(config.model, config.tokenizer.vocab_size)
     given = PlanInput(config=config, machine=Machine(num_cpus=2), size=size, domains=["a", "b"], novel=["c"])
     steps = {step.name: step for step in plan_run(given)}
     trained = {name: step for name, step in steps.items() if step.kind is StepKind.train}
