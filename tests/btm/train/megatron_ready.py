@@ -1,0 +1,13 @@
+"""Everything that a Megatron engine imports, imported before processes are forked, so that each has it at once."""
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from btm.train import megatron_start
+from btm.train.megatron_engine import MegatronEngine
+
+for name in ("models.gpt", "parallel_state", "tensor_parallel", "transformer"):
+    megatron_start._imported(f"megatron.core.{name}")
+
+__all__ = ["MegatronEngine"]
