@@ -45,7 +45,6 @@ class EngineName(StrEnum):
 
     torch = "torch"
     deepspeed = "deepspeed"
-    megatron = "megatron"
 
 
 class Offload(StrEnum):
@@ -60,11 +59,13 @@ class EngineConfig(Model):
     """What runs forward, backward and the optimizer step of one model."""
 
     name: EngineName = EngineName.torch
-    """Engine: torch, deepspeed (ZeRO, https://arxiv.org/abs/1910.02054) or megatron (https://arxiv.org/abs/1909.08053)."""
+    """Engine: torch, or deepspeed (ZeRO, https://arxiv.org/abs/1910.02054)."""
     dtype: Dtype = Dtype.bf16
     """Arithmetic of forward and backward."""
     num_processes: int = Field(default=1, ge=1)
-    """Processes per model, data parallel but for ``tensor_parallel``."""
+    """Processes that train one model."""
+    expert_parallel: int = Field(default=1, ge=1)
+    """Of these, how many share out the experts of each layer, tokens travelling between them; it divides num_processes, and the rest is data parallel."""
     deterministic: bool = True
     """Only algorithms that give the same bits every time."""
     zero_stage: int | None = Field(default=None, ge=0, le=3)
@@ -73,10 +74,6 @@ class EngineConfig(Model):
     """With deepspeed, what lies in CPU memory: none, optimizer (master weights and moments; ZeRO 1-3), all (weights too; ZeRO 3)."""
     deepspeed: dict[str, Any] = {}
     """Further keys of DeepSpeed's own configuration, such as ``zero_optimization.reduce_bucket_size``."""
-    tensor_parallel: int = Field(default=1, ge=1)
-    """With megatron, processes that share out each layer; divides ``num_processes``, heads and feed-forward width."""
-    sequence_parallel: bool = False
-    """With megatron and tensor_parallel above 1, share out norms and residuals along the sequence, too (https://arxiv.org/abs/2205.05198)."""
 
 
 OPEN_DEEPSPEED_KEYS = (
@@ -109,54 +106,38 @@ OWNED_DEEPSPEED_KEYS = {
 """Keys of DeepSpeed's configuration that follow from ours -> ours."""
 
 
-def engine_problems(engine: EngineConfig, *, is_sparse: bool, num_processes: int | None = None) -> list[str]:
-    """List contradictions between the keys of ``engine``, worded for the user.
-
-    Args:
-        engine: The keys.
-        is_sparse: Whether the model has expert layers.
-        num_processes: Processes per model, where GPUs decide; None is ``engine.num_processes``.
-    """
-    problems = _foreign_keys(engine)
-    if is_sparse and engine.name is not EngineName.torch:
-        problems.append(f"engine={engine.name} trains dense models only, got expert layers (ffn); use engine=torch")
-    if engine.name is EngineName.deepspeed:
-        stage = 2 if engine.zero_stage is None else engine.zero_stage
-        least = {Offload.none: 0, Offload.optimizer: 1, Offload.all: 3}[engine.offload]
-        if stage < least:
-            problems.append(f"engine.offload={engine.offload} needs engine.zero_stage of at least {least}, got {stage}")
-        problems += _deepspeed_problems(engine.deepspeed)
-    if engine.name is EngineName.megatron:
-        processes = num_processes or engine.num_processes
-        if processes % engine.tensor_parallel:
-            problems.append(
-                f"engine.tensor_parallel={engine.tensor_parallel} must divide the {processes} processes of a model; set "
-                f"engine.num_processes to a multiple of it"
-            )
-        if engine.sequence_parallel and engine.tensor_parallel == 1:
-            problems.append("engine.sequence_parallel=true needs engine.tensor_parallel of at least 2, got 1")
-    return problems
+def engine_problems(engine: EngineConfig, *, is_sparse: bool) -> list[str]:
+    """List contradictions between the keys of ``engine``, worded for the user."""
+    if engine.name is EngineName.torch:
+        asked = {"zero_stage": engine.zero_stage is not None, "offload": engine.offload is not Offload.none}
+        asked["deepspeed"] = bool(engine.deepspeed)
+        problems = [
+            f"engine.{key} needs engine=deepspeed, got engine=torch" for key, is_asked in asked.items() if is_asked
+        ]
+        return problems + _expert_problems(engine, engine.num_processes, is_sparse=is_sparse)
+    problems = []
+    if engine.expert_parallel > 1:
+        problems.append(f"engine.expert_parallel needs engine=torch, got engine={engine.name}")
+    stage = 2 if engine.zero_stage is None else engine.zero_stage
+    least = {Offload.none: 0, Offload.optimizer: 1, Offload.all: 3}[engine.offload]
+    if stage < least:
+        problems.append(f"engine.offload={engine.offload} needs engine.zero_stage of at least {least}, got {stage}")
+    if is_sparse:
+        problems.append("engine=deepspeed trains dense models only, got expert layers (ffn); use engine=torch")
+    return problems + _deepspeed_problems(engine.deepspeed)
 
 
-def _foreign_keys(engine: EngineConfig) -> list[str]:
-    """Keys that another engine than the one asked for takes."""
-    asked = {
-        EngineName.deepspeed: {
-            "zero_stage": engine.zero_stage is not None,
-            "offload": engine.offload is not Offload.none,
-            "deepspeed": bool(engine.deepspeed),
-        },
-        EngineName.megatron: {
-            "tensor_parallel": engine.tensor_parallel > 1,
-            "sequence_parallel": engine.sequence_parallel,
-        },
-    }
-    return [
-        f"engine.{key} needs engine={owner}, got engine={engine.name}"
-        for owner, keys in asked.items()
-        for key, is_asked in keys.items()
-        if is_asked and engine.name is not owner
-    ]
+def _expert_problems(engine: EngineConfig, num_processes: int, *, is_sparse: bool) -> list[str]:
+    """What does not fit with ``engine.expert_parallel`` on ``num_processes`` processes per model."""
+    size = engine.expert_parallel
+    if size > 1 and not is_sparse:
+        return [f"engine.expert_parallel={size} needs expert layers, got ffn=dense; choose another ffn, or leave it 1"]
+    if num_processes % size:
+        return [
+            f"engine.expert_parallel={size} must divide the {num_processes} processes of a model; set "
+            f"engine.num_processes to a multiple of it, such as {-(-num_processes // size) * size}"
+        ]
+    return []
 
 
 def _deepspeed_problems(given: dict[str, Any]) -> list[str]:

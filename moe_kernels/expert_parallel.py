@@ -6,14 +6,17 @@ call the layer, and backward, equally often. Written for gloo and NCCL groups ha
 Shapes: E experts, e experts of this rank, N rows of this rank's tokens, R rows that this rank computes, D model width.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_kernels.errors import MoeError
+from moe_kernels.errors import MoeError, check_choice
 from moe_kernels.experts import ExpertList, SwigluExperts, check_rows
+
+LOSSES = ("mean", "sum")
 
 
 class ExchangeError(RuntimeError):
@@ -102,21 +105,22 @@ def exchange_counts(send: list[torch.Tensor], width: int, group: dist.ProcessGro
     return list(parts[:, 1:])
 
 
-def owned_experts(num_experts: int, group_size: int, rank: int) -> range:
+def owned_experts(num_experts: int, group_size: int, rank: int, *, allows_empty: bool = False) -> range:
     """Experts that a rank holds: consecutive, and as equally many as possible.
 
     Args:
         num_experts: E.
         group_size: Ranks of the group.
         rank: The rank.
+        allows_empty: Whether the last ranks may hold none, where there are fewer experts than ranks.
 
     Returns:
         Ids of the experts.
 
     Raises:
-        MoeError: If there are fewer experts than ranks.
+        MoeError: If there are fewer experts than ranks, and that is not allowed.
     """
-    if num_experts < group_size:
+    if num_experts < group_size and not allows_empty:
         remedy = "use a smaller group or more experts"
         raise MoeError("experts over ranks", got=num_experts, allowed=f"at least {group_size}", remedy=remedy)
     share, rest = divmod(num_experts, group_size)
@@ -129,19 +133,19 @@ def take_experts(experts: nn.Module, owned: range) -> nn.Module:
 
     Args:
         experts: A `SwigluExperts` or an `ExpertList`.
-        owned: Consecutive ids.
+        owned: Consecutive ids, or none.
 
     Returns:
-        The part.
+        The part; an `ExpertList` without experts where there are no ids.
 
     Raises:
         MoeError: If the experts are of another kind.
     """
-    if isinstance(experts, ExpertList):
-        return ExpertList([experts.experts[index] for index in owned])
-    if not isinstance(experts, SwigluExperts):
+    if not isinstance(experts, SwigluExperts | ExpertList):
         allowed = "SwigluExperts or ExpertList"
         raise MoeError("experts", got=type(experts).__name__, allowed=allowed, remedy="put modules into an ExpertList")
+    if isinstance(experts, ExpertList) or not owned:
+        return ExpertList([experts.experts[index] for index in owned] if isinstance(experts, ExpertList) else [])
     part = SwigluExperts(len(owned), experts.w1_EDF.shape[1], experts.w1_EDF.shape[2], backend=experts.backend)
     part = part.to(device=experts.w1_EDF.device, dtype=experts.w1_EDF.dtype)
     with torch.no_grad():
@@ -154,26 +158,47 @@ def take_experts(experts: nn.Module, owned: range) -> nn.Module:
 class ExpertParallelExperts(nn.Module):
     """This rank's experts, applied to the rows of all ranks.
 
-    Each rank's loss is the mean over its own tokens, and gradients of all other parameters are averaged over the ranks,
-    as data parallelism does. The gradients of the experts are divided by the number of ranks here, which makes them the
-    gradients of the same mean loss: leave them out of the averaging.
+    With ``loss="mean"`` each rank's loss is the mean over its own tokens, and gradients of all other parameters are
+    averaged over the ranks, as data parallelism does. The gradients of the experts are divided by the number of ranks
+    here, which makes them the gradients of the same mean loss: leave them out of the averaging. With ``loss="sum"``
+    losses are sums over tokens, gradients of all other parameters are summed over the ranks, and those of the experts
+    are left as they are: sums over the tokens of all ranks already.
 
     Args:
         experts: All experts, the same on every rank; only this rank's are kept.
         group: The group.
+        loss: ``mean`` or ``sum``.
+        allows_empty: Whether ranks may be left without experts, see `owned_experts`.
 
     Raises:
-        MoeError: If there are fewer experts than ranks.
+        MoeError: If there are fewer experts than ranks and that is not allowed, or ``loss`` is unknown.
+
+    Attributes:
+        share: Ids of this rank's experts.
+        shares: Those of every rank.
+        is_stack: Whether tensors of all experts are stacks by expert, rather than one module per expert.
     """
 
-    def __init__(self, experts: SwigluExperts | ExpertList, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        experts: SwigluExperts | ExpertList,
+        group: dist.ProcessGroup,
+        *,
+        loss: str = "mean",
+        allows_empty: bool = False,
+    ) -> None:
         super().__init__()
+        check_choice("loss", loss, LOSSES)
         self.num_experts, self.group = experts.num_experts, group
         self.rank, self.group_size = dist.get_rank(group), dist.get_world_size(group)
-        self.shares = [owned_experts(self.num_experts, self.group_size, rank) for rank in range(self.group_size)]
-        self.local = take_experts(experts, self.shares[self.rank])
-        for parameter in self.local.parameters():
-            parameter.register_hook(self._scaled)
+        ranks = range(self.group_size)
+        self.shares = [owned_experts(self.num_experts, len(ranks), rank, allows_empty=allows_empty) for rank in ranks]
+        self.share = self.shares[self.rank]
+        self.local = take_experts(experts, self.share)
+        self.is_stack = isinstance(experts, SwigluExperts)
+        if loss == "mean":
+            for parameter in self.local.parameters():
+                parameter.register_hook(self._scaled)
 
     def _scaled(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient / self.group_size
@@ -183,8 +208,8 @@ class ExpertParallelExperts(nn.Module):
         check_rows(rows_ND, counts_E, self.num_experts)
         parts = [counts_E[share.start : share.stop] for share in self.shares]
         counts_Pe = torch.stack(exchange_counts(parts, rows_ND.shape[1], self.group))
-        send = [int(part.sum()) for part in parts]
-        receive = counts_Pe.sum(1).tolist()
+        # both at once: the host waits for the device a single time
+        send, receive = torch.stack([torch.stack([part.sum() for part in parts]), counts_Pe.sum(1)]).tolist()
         rows_RD = exchange(rows_ND, send, receive, self.group)
         expert_R = torch.arange(counts_Pe.shape[1], device=rows_RD.device).repeat(self.group_size)
         order_R = torch.argsort(expert_R.repeat_interleave(counts_Pe.reshape(-1)), stable=True)
@@ -209,7 +234,8 @@ class ExpertParallelExperts(nn.Module):
         Returns:
             The tensors of all ranks by the names of the undivided module, equal on every rank.
         """
-        mine = {self._full_name(name): tensor.detach() for name, tensor in local.items()}
+        mine = {self.full_name(name): tensor.detach() for name, tensor in local.items()}
+        device = next((tensor.device for tensor in mine.values()), _device_of(self.group))
         state: dict[str, list[torch.Tensor]] = {}
         for rank in range(self.group_size):
             source = dist.get_global_rank(self.group, rank)
@@ -217,17 +243,68 @@ class ExpertParallelExperts(nn.Module):
             dist.broadcast_object_list(shapes, src=source, group=self.group)
             assert isinstance(shapes[0], dict)
             for name, (shape, dtype) in shapes[0].items():
-                device = next(iter(mine.values())).device
                 tensor = mine[name].clone() if rank == self.rank else torch.empty(shape, dtype=dtype, device=device)
                 dist.broadcast(tensor, src=source, group=self.group)
                 state.setdefault(name, []).append(tensor)
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in state.items()}
 
-    def _full_name(self, name: str) -> str:
-        if not isinstance(self.local, ExpertList):
+    def full_name(self, name: str) -> str:
+        """Name of a parameter of ``self.local`` in the undivided module."""
+        if self.is_stack:
             return name
         head, index, rest = name.split(".", 2)
-        return f"{head}.{int(index) + self.shares[self.rank].start}.{rest}"
+        return f"{head}.{int(index) + self.share.start}.{rest}"
+
+    def undivided(self, state: Mapping[str, torch.Tensor]) -> SwigluExperts | ExpertList:
+        """All experts in one module again, on a rank that holds at least one.
+
+        Args:
+            state: What `full_state` returns.
+
+        Returns:
+            A module with tensors of its own, on the device and in the dtype of the state.
+        """
+        local, first = self.local, next(iter(state.values()))
+        if isinstance(local, ExpertList):
+            experts = ExpertList(copy.deepcopy(local.experts[0]) for _ in range(self.num_experts))
+        else:
+            assert isinstance(local, SwigluExperts)
+            widths = local.w1_EDF.shape[1:]
+            experts = SwigluExperts(self.num_experts, *widths, backend=local.backend)
+        experts = experts.to(device=first.device, dtype=first.dtype)
+        experts.load_state_dict(dict(state))
+        return experts.train(self.training)
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    is_nccl = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
+def spread_experts(
+    model: nn.Module, group: dist.ProcessGroup, *, loss: str = "mean", allows_empty: bool = False
+) -> dict[str, ExpertParallelExperts]:
+    """Spread the experts of every layer of a model over the ranks of a group, in place.
+
+    Args:
+        model: Equal on every rank; what is named ``experts`` and is a `SwigluExperts` or an `ExpertList` is replaced.
+        group: The group.
+        loss: See `ExpertParallelExperts`.
+        allows_empty: See `ExpertParallelExperts`.
+
+    Returns:
+        Path in the model -> what stands there now.
+
+    Raises:
+        MoeError: See `ExpertParallelExperts`.
+    """
+    spread = {}
+    for path, layer in list(model.named_modules()):
+        experts = dict(layer.named_children()).get("experts")  # not a property that looks into another module
+        if isinstance(experts, SwigluExperts | ExpertList):
+            layer.experts = ExpertParallelExperts(experts, group, loss=loss, allows_empty=allows_empty)
+            spread[f"{path}.experts".removeprefix(".")] = layer.experts
+    return spread
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:

@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import xxhash
 from pydantic import ValidationError
 
 from btm.errors import TrainingError
 from btm.files import directory_in_one_step, fsync_directory, remove_leftovers
 from btm.schema import Model
-from btm.train.tensor_file import TensorFileDigest, damage_of, read_tensors, write_tensors
+from btm.train.tensor_file import TensorFileDigest, Tensors, damage_of, read_tensors, write_tensors
 
 _PREFIX = "step-"
 _DAMAGED_PREFIX = "damaged-"
@@ -66,8 +65,8 @@ class Checkpoint:
     state: str
     """Content of ``state.json``."""
 
-    def load(self, file_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fill ``tensors`` (contiguous, fp32) from one tensor file.
+    def load(self, file_name: str, tensors: Tensors) -> None:
+        """Fill ``tensors`` (contiguous, fp32), of divided ones this process's part, from one tensor file.
 
         Raises:
             CheckpointError: If names or shapes differ.
@@ -92,7 +91,7 @@ class CheckpointStore:
         if self.directory.is_dir():
             remove_leftovers(self.directory)
 
-    def save(self, update: int, tensor_files: Mapping[str, Mapping[str, torch.Tensor]], state: str) -> Path:
+    def save(self, update: int, tensor_files: Mapping[str, Tensors], state: str) -> Path:
         """Write the checkpoint of ``update`` and remove the oldest ones beyond ``keep``.
 
         Args:
@@ -150,9 +149,7 @@ class CheckpointStore:
             os.rename(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
-    def _full_disk(
-        self, update: int, tensor_files: Mapping[str, Mapping[str, torch.Tensor]], error: OSError
-    ) -> TrainingError:
+    def _full_disk(self, update: int, tensor_files: Mapping[str, Tensors], error: OSError) -> TrainingError:
         needed = sum(4 * tensor.numel() for tensors in tensor_files.values() for tensor in tensors.values())
         free = shutil.disk_usage(self.directory.parent).free
         return TrainingError(
@@ -193,7 +190,7 @@ def verified(path: Path, update: int) -> Checkpoint | str:
     return Checkpoint(path, update, state.decode())
 
 
-def _write_files(folder: Path, update: int, tensor_files: Mapping[str, Mapping[str, torch.Tensor]], state: str) -> None:
+def _write_files(folder: Path, update: int, tensor_files: Mapping[str, Tensors], state: str) -> None:
     content = state.encode()
     digests = {name: write_tensors(folder / name, tensors) for name, tensors in tensor_files.items()}
     _write_durably(folder / _STATE, content)

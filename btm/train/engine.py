@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from btm.corpus.sampler import Batch
 from btm.corpus.windows import Windows
 from btm.train.ranks import Ranks
+from btm.train.tensor_file import Tensors
 
-TensorFiles = Mapping[str, Mapping[str, torch.Tensor]]
-"""File name -> tensor name -> fp32 tensor."""
+TensorFiles = Mapping[str, Tensors]
+"""File name -> tensor name -> fp32 tensor, whole or divided over processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,10 @@ class Engine(Protocol):
         ...
 
     def tensor_files(self) -> TensorFiles:
-        """Master weights and optimizer state as views: written to checkpoints, and filled from them."""
+        """Master weights and optimizer state as views: written to checkpoints, and filled from them.
+
+        Names and shapes are those of the whole model, however it is divided over processes.
+        """
         ...
 
     def tensors_loaded(self, num_optimizer_steps: int) -> None:

@@ -13,7 +13,6 @@ from btm.model.expert_pass import ExpertPass, LayerReport
 from btm.model.learning_routers import DEPTH_LOSS, ROUTER_LOSS
 from btm.model.sparse_lm import sparsity_of
 from btm.train.ranks import Ranks
-from moe_kernels.experts import ExpertList
 from moe_kernels.losses import BalanceBuffer
 
 LOSSES = ("load_balance", "z", ROUTER_LOSS, DEPTH_LOSS)
@@ -30,17 +29,6 @@ def loss_weights(ffn: FfnConfig) -> dict[str, float]:
         ROUTER_LOSS: ffn.auxiliary_weight,
         DEPTH_LOSS: ffn.auxiliary_weight,
     }
-
-
-def expert_owners(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> expert, for experts that are modules of their own and may get no token in an update."""
-    owners = {}
-    for path, module in model.named_modules():
-        if isinstance(module, ExpertList):
-            for number, expert in enumerate(module.experts):
-                owner = f"{path}.experts.{number}"
-                owners |= {f"{owner}.{name}": owner for name, _ in expert.named_parameters()}
-    return owners
 
 
 @dataclass
@@ -60,13 +48,19 @@ class ExpertTraining:
     _sums: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: nn.Module, ranks: Ranks) -> "ExpertTraining | None":
-        """The expert layers of ``model``; None for a dense one."""
+    def of(model: nn.Module, ranks: Ranks, *, are_divided: bool = False) -> "ExpertTraining | None":
+        """The expert layers of ``model``; None for a dense one.
+
+        Args:
+            model: What is trained.
+            ranks: The processes that train it.
+            are_divided: Whether its experts are divided over processes.
+        """
         sparsity = sparsity_of(model)
         if sparsity is None:
             return None
         shared = ranks.size > 1 and sparsity.ffn.balance is Balance.globally
-        training = ExpertTraining(model, ranks, loss_weights(sparsity.ffn), shared)
+        training = ExpertTraining(model, ranks, loss_weights(sparsity.ffn), shared or are_divided)
         if shared:
             for buffer in training._buffers():
                 buffer.group = dist.group.WORLD
@@ -100,6 +94,15 @@ class ExpertTraining:
         """After the last backward: the next update starts from nothing."""
         for buffer in self._buffers():
             buffer.reset()
+
+    def busy(self) -> torch.Tensor:
+        """1 for each expert of the model that a token of this process's passes reached, fp32, by block."""
+        parts = [torch.zeros(0, device=self.ranks.device)]
+        for module in expert_modules(self.model):
+            size = module.experts.num_experts
+            sums = self._sums.get(module.block)
+            parts.append(torch.zeros(size, device=self.ranks.device) if sums is None else (sums[:size] > 0).float())
+        return torch.cat(parts)
 
     def metrics(self, num_targets: int) -> dict[str, float]:
         """Statistics of the last update over all processes, by ``experts/<block>/<what>``.

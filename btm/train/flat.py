@@ -1,6 +1,6 @@
 """All weights of a model in a few flat buffers: one copy, one reduction, one norm, one optimizer call per update."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 _ALIGNMENT = 64
-_NORM_CHUNK = 1 << 16
+_NORM_CHUNK = 1 << 12  # short, because the squares of one chunk are added up in fp32
 _NUM_EXTRA = 64
-NUM_VALUES = 2
-"""Values of ``FlatParameters.extra`` that are the caller's; marks of owners follow them."""
-_SHARED, _FROZEN = "", "frozen"
-_NONE: Mapping[str, str] = MappingProxyType({})
+SHARED = -1
+"""Owner of weights that every token uses."""
+Owners = Mapping[str, tuple[int, ...]]
+"""Parameter name -> number of the expert that alone uses it, or one number for each row of a stack of experts."""
+_NONE: Owners = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +39,9 @@ class Span:
     end: int
     is_decayed: bool
     """Whether it holds matrices, which have weight decay."""
-    owner: str
-    """Expert that alone uses it; empty for weights that every token uses."""
+    owner: int
+    """Number of the expert that alone uses it, or :data:`SHARED`."""
     is_frozen: bool
-
-    @property
-    def name(self) -> str:
-        """Unique among the spans of a model."""
-        return f"{self.owner}.{'matrices' if self.is_decayed else 'vectors'}"
 
 
 class FlatParameters:
@@ -55,22 +51,29 @@ class FlatParameters:
     autograd leaves in ``parameter.grad`` are moved into ``gradients`` at once, where several micro-batches add up in
     fp32 whatever the type of the weights is.
 
-    Experts that no token reached in an update have no gradient rather than a gradient of zero: an optimizer that moved
-    them by momentum or decay would undo what they know. Their parameters lie in spans of their own.
+    Weights of one expert alone lie in spans of their own, so that an optimizer can leave out those that no token of an
+    update reached. Weights that only this process and its replicas hold come first, all others behind them.
 
     Attributes:
-        slots: Place of each parameter; matrices first, then all others.
+        slots: Place of each parameter.
         spans: Division of the buffers by weight decay and owner; frozen ones are left alone.
-        owners: Owners of the spans that can be idle.
+        num_local: Elements at the front of the buffers that other processes do not have.
         masters: fp32 ``(size,)``.
         gradients: fp32 ``(size,)``; padding is zero.
         extra: fp32 ``(64,)`` or more behind ``gradients`` in memory, for values that are summed over ranks with them.
-        gradients_and_extra: Both in one view.
+        common_gradients_and_extra: All behind the local gradients, in one view.
         weights: ``(size,)`` of the type of forward and backward.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, dtype: torch.dtype, owners: Mapping[str, str] = _NONE
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        owners: Owners = _NONE,
+        local: Collection[str] = (),
+        num_extra: int = _NUM_EXTRA,
     ) -> None:
         """Move the parameters of ``model`` into buffers.
 
@@ -78,17 +81,17 @@ class FlatParameters:
             model: Its frozen parameters (``requires_grad`` is False) stay frozen.
             device: Where the buffers lie.
             dtype: Of forward and backward.
-            owners: Parameter name -> expert that alone uses it.
+            owners: Of parameters that experts own.
+            local: Names of parameters that only this process and its replicas hold.
+            num_extra: Values that ``extra`` must have room for.
         """
-        named = _ordered(model, owners)
-        self.slots, self.spans, size = _plan(named, owners)
-        self.owners = tuple(dict.fromkeys(span.owner for span in self.spans if span.owner and not span.is_frozen))
-        num_extra = _round_up(NUM_VALUES + len(self.owners), _NUM_EXTRA)
-        self._owner_of = [owners.get(slot.name, _SHARED) for slot in self.slots]
+        named = _ordered(model, owners, local)
+        self.slots, self.spans, self.num_local, size = _plan(named, owners, local)
         self.masters = torch.zeros(size, dtype=torch.float32, device=device)
         self.weights = self.masters if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device)
-        self.gradients_and_extra = torch.zeros(size + num_extra, dtype=torch.float32, device=device)
-        self.gradients, self.extra = self.gradients_and_extra[:size], self.gradients_and_extra[size:]
+        buffer = torch.zeros(size + _round_up(num_extra, _NUM_EXTRA), dtype=torch.float32, device=device)
+        self.gradients, self.extra = buffer[:size], buffer[size:]
+        self.common_gradients_and_extra = buffer[self.num_local :]
         self._parameters = [parameter for _, parameter in named]
         self._is_filled = [False] * len(named)
         self._hooks = []
@@ -109,28 +112,19 @@ class FlatParameters:
         self._is_filled = [False] * len(self.slots)
 
     def finish_gradients(self) -> None:
-        """End an update: parameters that got no gradient get zero, and owners that got one are marked in ``extra``."""
-        busy = set()
-        for slot, owner, is_filled in zip(self.slots, self._owner_of, self._is_filled, strict=True):
-            if is_filled:
-                busy.add(owner)
-            else:
+        """End an update: parameters that got no gradient get zero."""
+        for slot, is_filled in zip(self.slots, self._is_filled, strict=True):
+            if not is_filled:
                 slot.view(self.gradients).zero_()
-        if self.owners:
-            marks = torch.tensor([float(owner in busy) for owner in self.owners])
-            self.extra[NUM_VALUES : NUM_VALUES + len(marks)].copy_(marks)
 
-    def busy_owners(self) -> set[str]:
-        """Owners that got a gradient on some rank, after the sum over ranks."""
-        if not self.owners:
-            return set()
-        marks = self.extra[NUM_VALUES : NUM_VALUES + len(self.owners)].tolist()
-        return {owner for owner, mark in zip(self.owners, marks, strict=True) if mark > 0}
+    def gradient_squares(self) -> torch.Tensor:
+        """Sums of the squares of the local and of the common gradients, fp64 ``(2,)``.
 
-    def gradient_norm(self) -> torch.Tensor:
-        """Norm of all gradients, fp64 scalar; the same bits on every rank and for every number of threads."""
-        parts = torch.linalg.vector_norm(self.gradients.view(-1, _NORM_CHUNK), dim=1)
-        return parts.double().square().sum().sqrt()
+        Those of equal gradients have the same bits on every rank and for every number of threads.
+        """
+        parts = torch.linalg.vector_norm(self.gradients.view(-1, _NORM_CHUNK), dim=1).double().square()
+        num_local = self.num_local // _NORM_CHUNK
+        return torch.stack([parts[:num_local].sum(), parts[num_local:].sum()])
 
     def release(self) -> None:
         """Give each parameter memory of its own, as the rest of the world expects it; training ends with this."""
@@ -155,32 +149,38 @@ class FlatParameters:
         return take
 
 
-def _ordered(model: nn.Module, owners: Mapping[str, str]) -> list[tuple[str, nn.Parameter]]:
-    """Parameters so that each span is one stretch: matrices first, shared before frozen before each owner's."""
-    rank = {name: number for number, name in enumerate(dict.fromkeys([_SHARED, _FROZEN, *owners.values()]))}
+def _ordered(model: nn.Module, owners: Owners, local: Collection[str]) -> list[tuple[str, nn.Parameter]]:
+    """Parameters so that spans are few: local before common, matrices first, shared before frozen before owned ones."""
 
-    def place(item: tuple[str, nn.Parameter]) -> tuple[bool, int]:
+    def place(item: tuple[str, nn.Parameter]) -> tuple[bool, bool, int, int]:
         name, parameter = item
-        return parameter.ndim < 2, rank[owners.get(name, _SHARED) if parameter.requires_grad else _FROZEN]
+        kind = 1 if not parameter.requires_grad else 2 * (name in owners)
+        return name not in local, parameter.ndim < 2, kind, owners[name][0] if kind == 2 else 0
 
     return sorted(model.named_parameters(), key=place)
 
 
-def _plan(named: list[tuple[str, nn.Parameter]], owners: Mapping[str, str]) -> tuple[list[Slot], list[Span], int]:
+def _plan(
+    named: list[tuple[str, nn.Parameter]], owners: Owners, local: Collection[str]
+) -> tuple[list[Slot], list[Span], int, int]:
+    """Slots, spans, number of local elements, number of all."""
     slots: list[Slot] = []
-    heads: list[tuple[int, bool, str, bool]] = []
-    begin = 0
+    heads: list[tuple[int, bool, int, bool]] = []
+    begin, num_local = 0, 0
     for name, parameter in named:
-        is_frozen = not parameter.requires_grad
-        kind = (parameter.ndim >= 2, _FROZEN if is_frozen else owners.get(name, _SHARED), is_frozen)
-        if not heads or heads[-1][1:] != kind:
-            heads.append((begin, *kind))
+        if local and name not in local and not num_local:
+            begin = num_local = _round_up(begin, _NORM_CHUNK)
+        rows = (SHARED,) if not parameter.requires_grad else owners.get(name, (SHARED,))
+        for number, owner in enumerate(rows):
+            kind = (parameter.ndim >= 2, owner, not parameter.requires_grad)
+            if not heads or heads[-1][1:] != kind:
+                heads.append((begin + number * parameter.numel() // len(rows), *kind))
         slots.append(Slot(name, parameter.shape, begin, begin + parameter.numel()))
         begin = _round_up(begin + parameter.numel(), _ALIGNMENT)
     size = max(_NORM_CHUNK, _round_up(begin, _NORM_CHUNK))
     ends = [*(head[0] for head in heads[1:]), size]
     spans = [Span(head[0], end, *head[1:]) for head, end in zip(heads, ends, strict=True)]
-    return slots, spans, size
+    return slots, spans, num_local, size
 
 
 def _round_up(value: int, multiple: int) -> int:

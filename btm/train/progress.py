@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from btm.config_ffn import FfnLayer
 from btm.records import StoredModel
 from btm.requests import TrainSpec
 from btm.schema import Model
+from btm.train.expert_passes import passes_matter
 from btm.train.spikes import SpikeState
 
 _FREE_KEYS = (
@@ -19,18 +19,17 @@ _FREE_KEYS = (
     "train.max_bad_steps",
     "train.spike_factor",
     "train.micro_batch_sequences",
+    "engine.expert_parallel",
     "engine.name",
     "engine.num_processes",
     "engine.offload",
-    "engine.sequence_parallel",
-    "engine.tensor_parallel",
     "engine.zero_stage",
 )
 """What may differ between a checkpoint and the request that continues it: where files lie, how a run is cut into files,
 passes and processes, and who runs it. None of it changes what is learnt beyond rounding."""
 _FREE_TABLE = "engine.deepspeed"
-_DIVISION_KEYS = ("train.micro_batch_sequences", "engine.num_processes")
-"""Of these, what decides which tokens meet in one pass."""
+_PASSES_KEY = "train.micro_batch_sequences"
+"""Of these, what decides which tokens meet in one pass; processes that continue a run keep its passes."""
 
 
 class MetricWindow(Model):
@@ -61,6 +60,8 @@ class Progress(Model):
     """Update of ``dev_loss``."""
     matmul_peak: float = 0.0
     """FLOP/s, measured once per run."""
+    passes: list[int] = []
+    """Sequences of each pass of an update, where they are part of what is learnt."""
 
 
 class CheckpointState(StoredModel):
@@ -84,8 +85,7 @@ def differences(stored: dict[str, Any], spec: TrainSpec) -> list[str]:
 
 
 def _is_free(key: str, spec: TrainSpec) -> bool:
-    # Layers that balance or limit loads look at all tokens of a pass.
-    if key in _DIVISION_KEYS and spec.ffn.layer not in (FfnLayer.dense, FfnLayer.demix):
+    if key == _PASSES_KEY and passes_matter(spec):
         return False
     return key in _FREE_KEYS or key.endswith(".prefix") or key.startswith(_FREE_TABLE)
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from btm.errors import TrainingError
 
-_TIMEOUT = datetime.timedelta(minutes=30)
+TIMEOUT = datetime.timedelta(minutes=30)
+"""How long processes wait for each other."""
 
 
 class PeerLostError(RuntimeError):
@@ -31,15 +32,15 @@ class Ranks:
         """Whether this process writes files and logs."""
         return self.rank == 0
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Replace ``tensor`` by its sum over all processes; all get the same bits.
+    def sum_(self, tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+        """Replace ``tensor`` by its sum over all processes, or those of a group; all get the same bits.
 
         Raises:
             PeerLostError: If a process is gone.
         """
         if self.size > 1:
-            with _naming_lost_peers():
-                dist.all_reduce(tensor)
+            with naming_lost_peers():
+                dist.all_reduce(tensor, group=group)
         return tensor
 
     def from_main(self, value: int) -> int:
@@ -51,7 +52,7 @@ class Ranks:
         if self.size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
-        with _naming_lost_peers():
+        with naming_lost_peers():
             dist.broadcast(tensor, src=0)
         return int(tensor.item())
 
@@ -80,13 +81,13 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
     rendezvous = environment.get("RENDEZVOUS_FILE")
     if not rendezvous:
         raise TrainingError(f"WORLD_SIZE={size} needs RENDEZVOUS_FILE, a fresh path that all processes can open")
-    with _naming_lost_peers():
+    with naming_lost_peers():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=f"file://{rendezvous}",
             rank=rank,
             world_size=size,
-            timeout=_TIMEOUT,
+            timeout=TIMEOUT,
         )
     yield Ranks(rank, size, device)
     # Not after an exception: the others may be gone, and leaving would wait for them.
@@ -94,7 +95,8 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
 
 
 @contextmanager
-def _naming_lost_peers() -> Iterator[None]:
+def naming_lost_peers() -> Iterator[None]:
+    """Tell errors of communication, the only ones that the block can have, as the loss of a process."""
     try:
         yield
     except RuntimeError as error:

@@ -22,6 +22,7 @@ from btm.model.sparse_lm import add_experts, describe, sparsity_of
 from btm.requests import TrainSpec
 from btm.train.checkpoint import Checkpoint, CheckpointStore, verified
 from btm.train.engine import Engine
+from btm.train.expert_passes import passes_matter, passes_of
 from btm.train.expert_training import LOSS_WEIGHTS
 from btm.train.metrics import MetricsFile
 from btm.train.progress import CheckpointState, Progress, differences
@@ -55,13 +56,15 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
     sampler = _make_sampler(spec, model, eos_id)
     store = CheckpointStore(output / _CHECKPOINTS, keep=spec.train.keep_checkpoints)
     own = _own_checkpoint(store, spec, sha256, ranks)
-    engine = _engine_of(model, spec, ranks)
+    passes = _passes(spec, ranks, own)
+    engine = _engine_of(model, spec, ranks, passes)
     if own is not None:
         progress = _load(engine, own)
     elif spec.start.kind == "checkpoint":
         progress = _branch(engine, spec, sha256)
     else:
         progress = Progress(update=spec.first_update)
+    progress = progress.model_copy(update={"passes": passes or []})
     if not progress.matmul_peak:
         progress = progress.model_copy(update={"matmul_peak": engine.matmul_peak()})
     metrics = MetricsFile(output / "metrics.jsonl", last_update=progress.update) if ranks.is_main else None
@@ -73,16 +76,29 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
     return trainer
 
 
-def _engine_of(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks) -> Engine:
+def _engine_of(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks, passes: list[int] | None) -> Engine:
     if spec.engine.name is EngineName.torch:
-        return TorchEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
-    if spec.engine.name is EngineName.megatron:
-        from btm.train.megatron_engine import MegatronEngine
-
-        return MegatronEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
+        return TorchEngine(model, train=spec.train, config=spec.engine, ranks=ranks, passes=passes)
     from btm.train.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
+
+
+def _passes(spec: TrainSpec, ranks: Ranks, own: Checkpoint | None) -> list[int] | None:
+    """Sequences of each pass, where they are part of what is learnt: those that the run began with."""
+    if not passes_matter(spec):
+        return None
+    asked = passes_of(spec.batch_sequences, ranks.size, spec.train.micro_batch_sequences)
+    passes = asked if own is None else _state(own).progress.passes or asked
+    if ranks.is_main and len(passes) < ranks.size <= spec.batch_sequences:
+        logger.warning(
+            "this run has %d forward passes per update, which %d processes cannot share equally; a new run has smaller "
+            "ones with train.micro_batch_sequences=%d",
+            len(passes),
+            ranks.size,
+            spec.batch_sequences // ranks.size,
+        )
+    return passes
 
 
 def check_output(spec: TrainSpec, ranks: Ranks) -> None:

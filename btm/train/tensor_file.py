@@ -2,7 +2,8 @@
 
 The format is eight bytes of header length, a JSON header, and the tensors one after the other
 (https://github.com/huggingface/safetensors). Only fp32 is written here: master weights and Adam moments. Writing hashes
-what it writes, tensor by tensor; reading goes straight into the destination.
+what it writes, tensor by tensor; reading goes straight into the destination. Tensors that are divided over processes
+are written whole, one at a time, and each process reads its own part.
 """
 
 import json
@@ -17,6 +18,7 @@ import xxhash
 
 from btm.errors import CheckpointError
 from btm.schema import Model
+from btm.train.divided_tensor import DividedTensor
 
 _ALIGNMENT = 64
 _CHUNK_BYTES = 8 << 20
@@ -31,8 +33,14 @@ class TensorFileDigest(Model):
     tensors: dict[str, str]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> TensorFileDigest:
+Tensors = Mapping[str, torch.Tensor | DividedTensor]
+"""Tensor name -> contiguous fp32 tensor, whole or divided."""
+
+
+def write_tensors(path: Path, tensors: Tensors) -> TensorFileDigest:
     """Write contiguous fp32 tensors to the new file ``path`` and fsync it.
+
+    Where tensors are divided, the other processes take part (:func:`btm.train.divided_tensor.contribute_all`).
 
     Raises:
         OSError: If the disk is full.
@@ -43,7 +51,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> TensorFile
     with open(path, "wb", buffering=0) as file:
         _write_all(file, memoryview(header))
         for name, tensor in tensors.items():
-            data = _bytes_of(tensor.detach().cpu())
+            data = _bytes_of(tensor.whole() if isinstance(tensor, DividedTensor) else tensor.detach().cpu())
             _write_all(file, data)
             digests[name] = xxhash.xxh3_128_hexdigest(data)
             size += len(data)
@@ -71,8 +79,8 @@ def damage_of(path: Path, expected: TensorFileDigest) -> str | None:
     return None
 
 
-def read_tensors(path: Path, destination: Mapping[str, torch.Tensor]) -> None:
-    """Fill contiguous fp32 tensors from a file that :func:`write_tensors` wrote.
+def read_tensors(path: Path, destination: Tensors) -> None:
+    """Fill contiguous fp32 tensors, of divided ones this process's part, from a file that :func:`write_tensors` wrote.
 
     Raises:
         CheckpointError: If the file's tensors and ``destination`` differ in names or shapes.
@@ -81,9 +89,13 @@ def read_tensors(path: Path, destination: Mapping[str, torch.Tensor]) -> None:
         header = _read_header(file)
         entries = json.loads(header[8:])
         _check_names(path, {name: tuple(entry["shape"]) for name, entry in entries.items()}, destination)
-        for name, tensor in destination.items():
+        for name, wanted in destination.items():
             begin, _ = entries[name]["data_offsets"]
-            file.seek(len(header) + begin)
+            is_divided = isinstance(wanted, DividedTensor)
+            tensor, skipped = (wanted.local, 4 * wanted.local_offset) if is_divided else (wanted, 0)
+            if tensor is None:
+                continue
+            file.seek(len(header) + begin + skipped)
             if tensor.device.type == "cpu":
                 _read_all(file, _bytes_of(tensor))
             else:
@@ -92,11 +104,11 @@ def read_tensors(path: Path, destination: Mapping[str, torch.Tensor]) -> None:
                 tensor.copy_(staging)
 
 
-def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+def _header(tensors: Tensors) -> bytes:
     entries: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        if not isinstance(tensor, DividedTensor) and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
             raise ValueError(f"{name} is {tensor.dtype}, strides {tensor.stride()}; only contiguous fp32 is written")
         end = offset + 4 * tensor.numel()
         entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
@@ -151,7 +163,7 @@ def _hash_range(file: Any, offset: int, length: int) -> str:
     return digest.hexdigest()
 
 
-def _check_names(path: Path, found: Mapping[str, tuple[int, ...]], destination: Mapping[str, torch.Tensor]) -> None:
+def _check_names(path: Path, found: Mapping[str, tuple[int, ...]], destination: Tensors) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in destination.items()}
     if found == wanted:
         return

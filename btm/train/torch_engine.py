@@ -1,5 +1,6 @@
-"""The engine for models that fit one device: a single process, or data parallel over gloo or NCCL."""
+"""The engine for models that fit one device: a single process, or data and expert parallel over gloo or NCCL."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,19 +9,25 @@ from transformers import PreTrainedModel
 
 from btm.config_model import Dtype, EngineConfig
 from btm.config_train import TrainConfig
-from btm.corpus.sampler import Batch, BatchSampler
+from btm.corpus.sampler import Batch
 from btm.corpus.windows import Windows
 from btm.model.causal_lm import flops_per_token, num_parameters, save_model
 from btm.model.expert_pass import ExpertPass
 from btm.model.loss import IGNORED, loss_sum, token_losses
 from btm.model.patches import prepare_for_training
 from btm.train.engine import DevLoss, Gradients, TensorFiles
-from btm.train.expert_training import ExpertTraining, expert_owners
-from btm.train.flat import NUM_VALUES, FlatParameters, Span
+from btm.train.expert_division import ExpertDivision, naming_lost_exchanges
+from btm.train.expert_owners import expert_owners, num_experts, step_names
+from btm.train.expert_passes import order_by_expert, passes_of, passes_of_rank
+from btm.train.expert_training import ExpertTraining
+from btm.train.flat import FlatParameters
+from btm.train.flat_adam import FlatAdamW
 from btm.train.peak import matmul_peak_of
 from btm.train.ranks import Ranks
+from moe_kernels.layers import DemixLayer
 
 _MAX_SEED = 2**63
+_NUM_VALUES = 2
 _DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
 
@@ -29,10 +36,19 @@ class TorchEngine:
 
     Each rank computes the gradient of the sum of the losses of its rows; the sum over ranks, divided by the number of
     target tokens of the batch, is the gradient of a single process, whatever the number of ranks and micro-batches.
-    Experts that no token of an update reached stay as they are, moments and step counts included.
+    Experts that no token of an update reached stay as they are, moments and step counts included. With
+    ``engine.expert_parallel`` each process holds a share of the experts, and tokens travel to them.
     """
 
-    def __init__(self, model: PreTrainedModel, *, train: TrainConfig, config: EngineConfig, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        train: TrainConfig,
+        config: EngineConfig,
+        ranks: Ranks,
+        passes: Sequence[int] | None = None,
+    ) -> None:
         """Take over ``model`` (fp32, on the CPU).
 
         Args:
@@ -40,55 +56,68 @@ class TorchEngine:
             train: Recipe.
             config: Arithmetic.
             ranks: The processes that run this model.
+            passes: Sequences of each pass of an update, in the order of the batch; None divides what each process has
+                by ``train.micro_batch_sequences``.
+
+        Raises:
+            ConfigError: If ``engine.expert_parallel`` does not divide the number of processes.
         """
         self.ranks = ranks
         self.model = model
         self._train = train
+        self._passes = None if passes is None else list(passes)
         self._dtype = _DTYPES[config.dtype]
         self.num_parameters = num_parameters(model)
         self.flops_per_token = flops_per_token(model, train.sequence_length)
-        self.flat = FlatParameters(model, ranks.device, self._dtype, expert_owners(model))
+        self._num_owners, self._step_names = num_experts(model), step_names(model)
+        self._division = ExpertDivision.of(model, ranks, config.expert_parallel)
+        self.flat = FlatParameters(
+            model,
+            ranks.device,
+            self._dtype,
+            owners=expert_owners(model),
+            local=() if self._division is None else set(self._division.local_names.values()),
+            num_extra=_NUM_VALUES + self._num_owners,
+        )
         prepare_for_training(model, ranks.device, self._dtype)
-        self._experts = ExpertTraining.of(model, ranks)
-        self._moments = [torch.zeros_like(self.flat.masters) for _ in range(2)]
-        self._spans: dict[Span, torch.nn.Parameter] = {}
-        self._optimizer = self._make_optimizer()
-        self._num_targets = 1
+        self._experts = ExpertTraining.of(model, ranks, are_divided=self._division is not None)
+        self._adam = FlatAdamW(self.flat, train, self._num_owners)
+        self._is_busy = np.zeros(self._num_owners, dtype=bool)
+        self._is_demix = any(isinstance(module, DemixLayer) for module in model.modules())
+        self._num_targets, self._random_seed = 1, 0
         self._norm = 0.0
         model.train()
 
     @property
     def num_optimizer_steps(self) -> int:
-        """Optimizer steps taken so far, by the weights that took most of them."""
-        return max((int(state["step"].item()) for state in self._optimizer.state.values()), default=0)
+        """Optimizer steps taken so far."""
+        return self._adam.num_steps
 
     def gradients(self, batch: Batch, *, random_seed: int, stop_requested: bool) -> Gradients:
         """See :meth:`btm.train.engine.Engine.gradients`."""
-        torch.manual_seed((random_seed * self.ranks.size + self.ranks.rank) % _MAX_SEED)
-        self._num_targets = max(1, sum(batch.domain_tokens.values()))
+        self._num_targets, self._random_seed = max(1, sum(batch.domain_tokens.values())), random_seed
         self.flat.start_gradients()
-        self.flat.extra[0] = self._backward(batch)
+        with naming_lost_exchanges():
+            self.flat.extra[0] = self._backward(batch)
         self.flat.extra[1] = float(stop_requested)
+        marks = self.flat.extra[_NUM_VALUES : _NUM_VALUES + self._num_owners]
+        if self._experts is not None:
+            marks.copy_(self._experts.busy())
         self.flat.finish_gradients()
-        self.ranks.sum_(self.flat.gradients_and_extra)
+        self.ranks.sum_(self.flat.common_gradients_and_extra)
+        squares = self.flat.gradient_squares()[1] if self._division is None else self._division.reduce(self.flat)
         # The only wait for the device in an update.
-        values = [self.flat.extra[:NUM_VALUES].double(), self.flat.gradient_norm()[None]]
-        loss, stops, norm = torch.cat(values).tolist()
+        values = [self.flat.extra[:_NUM_VALUES].double(), squares.sqrt()[None], marks.double()]
+        loss, stops, norm, *busy = torch.cat(values).tolist()
         self._norm = norm / self._num_targets
+        self._is_busy = np.array(busy) > 0
         return Gradients(loss / self._num_targets, self._norm, stops > 0)
 
     def step(self, learning_rate: float) -> None:
         """See :meth:`btm.train.engine.Engine.step`."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        busy = self.flat.busy_owners()
-        for span, parameter in self._spans.items():
-            is_idle = span.owner and span.owner not in busy
-            parameter.grad = None if is_idle else self.flat.gradients[span.begin : span.end]
         # The fused kernel divides by this on the way: to the mean over targets, and to the norm that is allowed.
         scale = self._num_targets * max(1.0, self._norm / self._train.clip_norm)
-        self._optimizer.grad_scale = torch.tensor(scale, device=self.ranks.device)  # pyright: ignore[reportAttributeAccessIssue]
-        self._optimizer.step()
+        self._adam.step(learning_rate, scale, self._is_busy)
         self.flat.refresh_weights()
 
     def dev_loss(self, windows: Windows, domain_id: int | None = None) -> DevLoss:
@@ -97,9 +126,7 @@ class TorchEngine:
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         passes: list[ExpertPass] = []
         self.model.eval()
-        for begin in range(self.ranks.rank * count, len(windows.inputs), self.ranks.size * count):
-            inputs = self._tensor(windows.inputs[begin : begin + count])
-            targets = self._tensor(windows.targets[begin : begin + count])
+        for inputs, targets in self._dev_parts(windows, count):
             if self._experts is not None:
                 domain = None if domain_id is None else torch.full_like(inputs[:, 0], domain_id)
                 passes.append(ExpertPass(domain=domain, is_real=targets != IGNORED))
@@ -116,26 +143,26 @@ class TorchEngine:
 
     def tensor_files(self) -> TensorFiles:
         """See :meth:`btm.train.engine.Engine.tensor_files`."""
-        moments = zip(("exp_avg", "exp_avg_sq"), self._moments, strict=True)
-        steps = {span: self._optimizer.state[parameter]["step"] for span, parameter in self._spans.items()}
-        return {
-            "model.safetensors": {slot.name: slot.view(self.flat.masters) for slot in self.flat.slots},
-            "optimizer.safetensors": {
-                **{f"{kind}.{slot.name}": slot.view(buffer) for kind, buffer in moments for slot in self.flat.slots},
-                **{f"step.{span.name}": step for span, step in steps.items() if span.owner},
-            },
-        }
+        masters, *moments = (
+            tensors if self._division is None else self._division.undivided(tensors)
+            for buffer in (self.flat.masters, *self._adam.moments)
+            for tensors in [{slot.name: slot.view(buffer) for slot in self.flat.slots}]
+        )
+        steps = {f"step.{name}": self._adam.owner_steps[which] for name, which in self._step_names.items()}
+        named = zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
+        optimizer = {f"{kind}.{name}": tensor for kind, tensors in named for name, tensor in tensors.items()}
+        return {"model.safetensors": masters, "optimizer.safetensors": optimizer | steps}
 
     def tensors_loaded(self, num_optimizer_steps: int) -> None:
         """See :meth:`btm.train.engine.Engine.tensors_loaded`."""
-        for span, parameter in self._spans.items():
-            if not span.owner:
-                self._optimizer.state[parameter]["step"].fill_(num_optimizer_steps)
+        self._adam.num_steps = num_optimizer_steps
         self.flat.refresh_weights()
 
     def save_model(self, directory: Path, tokenizer_dir: Path) -> None:
         """See :meth:`btm.train.engine.Engine.save_model`."""
         self.flat.release()
+        if self._division is not None:
+            self._division.restore(self.model, self._dtype)
         if self.ranks.is_main:
             save_model(self.model, directory, self._dtype, tokenizer_dir)
 
@@ -144,16 +171,22 @@ class TorchEngine:
         return matmul_peak_of(self.ranks, self._dtype)
 
     def _backward(self, batch: Batch) -> torch.Tensor:
-        """Gradients of this rank's rows of ``batch``; returns the sum of their losses."""
-        rows = BatchSampler.rows(batch, self.ranks.rank, self.ranks.size)
+        """Gradients of this rank's passes over ``batch``; returns the sum of their losses."""
+        batch = self._ordered(batch)
+        sizes = self._passes or passes_of(len(batch.tokens), self.ranks.size, self._train.micro_batch_sequences)
+        begins = np.cumsum([0, *sizes])
+        targets_per_token = self._num_targets / max(1, batch.num_input_tokens)
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
-        count = self._train.micro_batch_sequences or max(1, len(rows.inputs))
+        own = passes_of_rank(len(sizes), self.ranks.rank, self.ranks.size)
         if self._experts is not None:
             self._experts.start_update()
-        for begin in range(0, len(rows.inputs), count):
-            total += self._pass(rows.part(slice(begin, begin + count)), self._targets_per_token(batch))
+        for number in own:
+            # By pass, so that random numbers do not depend on who runs it.
+            torch.manual_seed((self._random_seed * len(sizes) + number) % _MAX_SEED)
+            total += self._pass(batch.part(slice(begins[number], begins[number + 1])), targets_per_token)
         if self._experts is not None:
-            for _ in range(self._num_empty_passes(batch, len(rows.inputs), count)):
+            most = -(-len(sizes) // self.ranks.size)
+            for _ in range(most - len(own) if self._experts.needs_equal_passes else 0):
                 self._pass(batch.padding(), 0.0)
             self._experts.end_update()
         return total
@@ -178,36 +211,26 @@ class TorchEngine:
             self._experts.end_pass()
         return loss.detach()
 
-    def _targets_per_token(self, batch: Batch) -> float:
-        """Targets of the batch over its tokens: the last token of a document has none."""
-        return self._num_targets / max(1, batch.num_input_tokens)
+    def _ordered(self, batch: Batch) -> Batch:
+        """The batch with sequences near the experts that their domain alone decides on."""
+        if self._division is None or batch.domain is None or not self._is_demix:
+            return batch
+        shares = self._division.ranks.size
+        order = order_by_expert(batch.domain, shares, self.ranks.size // shares)
+        segments = None if batch.segments is None else batch.segments[order]
+        return Batch(batch.tokens[order], segments, batch.domain_tokens, batch.domain[order])
 
-    def _num_empty_passes(self, batch: Batch, num_rows: int, count: int) -> int:
-        """Passes of padding that this rank adds so that all run equally many."""
-        if self._experts is None or not self._experts.needs_equal_passes:
-            return 0
-        most_rows = -(-len(batch.tokens) // self.ranks.size)
-        most = -(-most_rows // (self._train.micro_batch_sequences or most_rows))
-        return most - -(-num_rows // count)
+    def _dev_parts(self, windows: Windows, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and targets of this rank, equally many on each rank where experts are divided."""
+        num_windows, stride = len(windows.inputs), self.ranks.size * count
+        for first in range(0, num_windows, stride):
+            begin = first + self.ranks.rank * count
+            part = slice(begin, begin + count)
+            if begin < num_windows:
+                yield self._tensor(windows.inputs[part]), self._tensor(windows.targets[part])
+            elif self._division is not None:
+                inputs = windows.inputs[:1]
+                yield self._tensor(inputs), self._tensor(np.full_like(windows.targets[:1], IGNORED))
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.ranks.device, non_blocking=True)
-
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        train = self._train
-        groups = []
-        for is_decayed in (True, False):
-            spans = [span for span in self.flat.spans if span.is_decayed is is_decayed and not span.is_frozen]
-            parameters = [torch.nn.Parameter(self.flat.masters[span.begin : span.end]) for span in spans]
-            self._spans |= dict(zip(spans, parameters, strict=True))
-            if spans:
-                groups.append({"params": parameters, "weight_decay": train.weight_decay if is_decayed else 0.0})
-        optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True)
-        for span, parameter in self._spans.items():
-            part = slice(span.begin, span.end)
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=self.ranks.device),
-                "exp_avg": self._moments[0][part],
-                "exp_avg_sq": self._moments[1][part],
-            }
-        return optimizer

@@ -10,6 +10,7 @@ from btm.corpus.sampler import Batch, BatchSampler
 from btm.corpus.windows import Windows
 from btm.requests import TrainSpec
 from btm.train.checkpoint import CheckpointStore
+from btm.train.divided_tensor import contribute_all
 from btm.train.engine import Engine
 from btm.train.metrics import MetricsFile
 from btm.train.progress import CheckpointState, MetricWindow, Progress
@@ -104,6 +105,7 @@ class Trainer:
         # On every rank: an engine that shares out its state gathers it here.
         tensor_files = self._run.engine.tensor_files()
         if self._run.metrics is None:
+            contribute_all(tensor_files.values())
             return
         self._run.metrics.sync()
         state = CheckpointState(
