@@ -45,6 +45,7 @@ class EngineName(StrEnum):
 
     torch = "torch"
     deepspeed = "deepspeed"
+    megatron = "megatron"
 
 
 class Offload(StrEnum):
@@ -59,7 +60,7 @@ class EngineConfig(Model):
     """What runs forward, backward and the optimizer step of one model."""
 
     name: EngineName = EngineName.torch
-    """Engine: torch, or deepspeed (ZeRO, https://arxiv.org/abs/1910.02054)."""
+    """Engine: torch, deepspeed (ZeRO, https://arxiv.org/abs/1910.02054) or megatron (https://arxiv.org/abs/1909.08053)."""
     dtype: Dtype = Dtype.bf16
     """Arithmetic of forward and backward."""
     num_processes: int = Field(default=1, ge=1)
@@ -74,6 +75,10 @@ class EngineConfig(Model):
     """With deepspeed, what lies in CPU memory: none, optimizer (master weights and moments; ZeRO 1-3), all (weights too; ZeRO 3)."""
     deepspeed: dict[str, Any] = {}
     """Further keys of DeepSpeed's own configuration, such as ``zero_optimization.reduce_bucket_size``."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """With megatron, processes that share out each layer; divides ``num_processes``, heads and feed-forward width."""
+    sequence_parallel: bool = False
+    """With megatron and tensor_parallel above 1, share out norms and residuals along the sequence, too (https://arxiv.org/abs/2205.05198)."""
 
 
 OPEN_DEEPSPEED_KEYS = (
@@ -106,25 +111,79 @@ OWNED_DEEPSPEED_KEYS = {
 """Keys of DeepSpeed's configuration that follow from ours -> ours."""
 
 
-def engine_problems(engine: EngineConfig, *, is_sparse: bool) -> list[str]:
-    """List contradictions between the keys of ``engine``, worded for the user."""
+MEGATRON_ARCHITECTURES = ("llama", "mistral", "olmo2", "qwen2", "qwen3")
+"""``model_type`` of the architectures whose blocks engine=megatron computes."""
+
+
+def engine_problems(
+    engine: EngineConfig, *, is_sparse: bool, num_processes: int | None = None, model: ModelConfig | None = None
+) -> list[str]:
+    """List contradictions between the keys of ``engine``, worded for the user.
+
+    Args:
+        engine: The keys.
+        is_sparse: Whether the model has expert layers.
+        num_processes: Processes per model, where GPUs decide; None is ``engine.num_processes``.
+        model: Sizes of a model trained from scratch; None looks at the engine alone.
+    """
+    problems = _foreign_keys(engine)
+    if is_sparse and engine.name is not EngineName.torch:
+        problems.append(f"engine={engine.name} trains dense models only, got expert layers (ffn); use engine=torch")
     if engine.name is EngineName.torch:
-        asked = {"zero_stage": engine.zero_stage is not None, "offload": engine.offload is not Offload.none}
-        asked["deepspeed"] = bool(engine.deepspeed)
-        problems = [
-            f"engine.{key} needs engine=deepspeed, got engine=torch" for key, is_asked in asked.items() if is_asked
-        ]
-        return problems + _expert_problems(engine, engine.num_processes, is_sparse=is_sparse)
+        problems += _expert_problems(engine, num_processes or engine.num_processes, is_sparse=is_sparse)
+    if engine.name is EngineName.deepspeed:
+        stage = 2 if engine.zero_stage is None else engine.zero_stage
+        least = {Offload.none: 0, Offload.optimizer: 1, Offload.all: 3}[engine.offload]
+        if stage < least:
+            problems.append(f"engine.offload={engine.offload} needs engine.zero_stage of at least {least}, got {stage}")
+        problems += _deepspeed_problems(engine.deepspeed)
+    if engine.name is EngineName.megatron:
+        problems += _megatron_problems(engine, num_processes or engine.num_processes, model)
+    return problems
+
+
+def _megatron_problems(engine: EngineConfig, num_processes: int, model: ModelConfig | None) -> list[str]:
+    size = engine.tensor_parallel
     problems = []
-    if engine.expert_parallel > 1:
-        problems.append(f"engine.expert_parallel needs engine=torch, got engine={engine.name}")
-    stage = 2 if engine.zero_stage is None else engine.zero_stage
-    least = {Offload.none: 0, Offload.optimizer: 1, Offload.all: 3}[engine.offload]
-    if stage < least:
-        problems.append(f"engine.offload={engine.offload} needs engine.zero_stage of at least {least}, got {stage}")
-    if is_sparse:
-        problems.append("engine=deepspeed trains dense models only, got expert layers (ffn); use engine=torch")
-    return problems + _deepspeed_problems(engine.deepspeed)
+    if num_processes % size:
+        problems.append(
+            f"engine.tensor_parallel={size} must divide the {num_processes} processes of a model; set "
+            f"engine.num_processes to a multiple of it"
+        )
+    if engine.sequence_parallel and size == 1:
+        problems.append("engine.sequence_parallel=true needs engine.tensor_parallel of at least 2, got 1")
+    if model is None or model.path:
+        return problems
+    if model.arch not in MEGATRON_ARCHITECTURES:
+        known = ", ".join(MEGATRON_ARCHITECTURES)
+        problems.append(f"engine=megatron trains {known} models, got model.arch={model.arch!r}; use engine=torch")
+    heads = model.num_heads or max(1, (model.hidden_size or 64 * model.num_layers) // 64)
+    for key, count in (("num_heads", heads), ("num_kv_heads", model.num_kv_heads or heads)):
+        if count % size:
+            problems.append(f"engine.tensor_parallel={size} must divide model.{key} ({count})")
+    return problems
+
+
+def _foreign_keys(engine: EngineConfig) -> list[str]:
+    """Keys that another engine than the one asked for takes."""
+    asked = {
+        EngineName.torch: {"expert_parallel": engine.expert_parallel > 1},
+        EngineName.deepspeed: {
+            "zero_stage": engine.zero_stage is not None,
+            "offload": engine.offload is not Offload.none,
+            "deepspeed": bool(engine.deepspeed),
+        },
+        EngineName.megatron: {
+            "tensor_parallel": engine.tensor_parallel > 1,
+            "sequence_parallel": engine.sequence_parallel,
+        },
+    }
+    return [
+        f"engine.{key} needs engine={owner}, got engine={engine.name}"
+        for owner, keys in asked.items()
+        for key, is_asked in keys.items()
+        if is_asked and engine.name is not owner
+    ]
 
 
 def _expert_problems(engine: EngineConfig, num_processes: int, *, is_sparse: bool) -> list[str]:

@@ -23,6 +23,8 @@ _FREE_KEYS = (
     "engine.name",
     "engine.num_processes",
     "engine.offload",
+    "engine.sequence_parallel",
+    "engine.tensor_parallel",
     "engine.zero_stage",
 )
 """What may differ between a checkpoint and the request that continues it: where files lie, how a run is cut into files,

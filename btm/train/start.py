@@ -79,6 +79,10 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
 def _engine_of(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks, passes: list[int] | None) -> Engine:
     if spec.engine.name is EngineName.torch:
         return TorchEngine(model, train=spec.train, config=spec.engine, ranks=ranks, passes=passes)
+    if spec.engine.name is EngineName.megatron:
+        from btm.train.megatron_engine import MegatronEngine
+
+        return MegatronEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
     from btm.train.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
