@@ -6,7 +6,9 @@ from rich.console import Console
 
 from btm.config import Config
 from btm.config_ffn import FfnLayer
+from btm.config_model import Dtype
 from btm.errors import ConfigError, ForestError
+from btm.files import read_json
 from btm.forest import Forest
 from btm.plan import plan_add
 from btm.plan_table import plan_tables
@@ -15,6 +17,8 @@ from btm.session import domain_groups, execute, make_context, plan_input
 from btm.sparse_models import ExpertsSpec, SparseModels
 from btm.verbs.evaluate import measure
 from btm.verbs.run import print_evaluation
+
+_DTYPES = {"bfloat16": Dtype.bf16, "float32": Dtype.fp32}
 
 
 def add_experts(config: Config, domain: str, console: Console, *, has_text: bool) -> None:
@@ -27,11 +31,12 @@ def add_experts(config: Config, domain: str, console: Console, *, has_text: bool
         has_text: Whether the text of the domain is known.
 
     Raises:
-        ConfigError: If the model has no domains, or there is no text.
+        ConfigError: If the model has no domains, there is no text, or ``engine.dtype`` is not the model's.
         ForestError: If the domain has experts already.
     """
     check_demix(config)
     models, originals = SparseModels.open(config.forest), domain_groups(config)[0]
+    _check_dtype(config, models)
     is_there = domain in models.domains
     if is_there and not _is_unmeasured(config, domain):
         raise ForestError(f"the model of {config.forest} already has experts of domain {domain!r}; remove them first")
@@ -105,6 +110,23 @@ def check_demix(config: Config) -> None:
             [
                 f"{config.forest} holds one model with ffn={config.ffn.layer}, which no ELM can join or leave; only "
                 f"the experts of ffn=demix belong to domains: train one with it, or a forest with ffn=dense"
+            ]
+        )
+
+
+def _check_dtype(config: Config, models: SparseModels) -> None:
+    """Refuse another arithmetic than the model's, which would change the weights and scores of all other domains.
+
+    Raises:
+        ConfigError: If it is another one.
+    """
+    stored = _DTYPES.get(read_json(models.directory / "config.json").get("dtype"))
+    if stored is not None and config.engine.dtype is not stored:
+        raise ConfigError(
+            [
+                f"engine.dtype must be {stored}, in which the model of {config.forest} is stored and its domains were "
+                f"measured, got {config.engine.dtype}: the weights that all domains share would be rounded, or all "
+                f"domains measured, in another way than before; leave engine.dtype out"
             ]
         )
 

@@ -12,7 +12,7 @@ from btm.plan import plan_run
 from btm.records import Ledger, TrainResult
 from btm.session import domain_groups, plan_input
 from btm.sparse_models import DomainExperts, SparseModels
-from btm.verbs import inspect, list
+from btm.verbs import add, inspect, list
 
 SIZE_FACTOR = 1.15
 """A directory may hold this many times what the plan says: JSON, file headers, the tokenizer."""
@@ -102,3 +102,12 @@ def test_other_sparse_runs_say_that_their_experts_have_no_domain(sparse_run, cap
     assert json_of(list, forest, capsys)["domains"] == []
     with pytest.raises(ConfigError, match="holds one model with ffn=top_k"):
         inspect.main(configuration(forest, domain="code"))
+
+
+def test_another_arithmetic_on_an_add_is_refused_before_anything_is_trained(sparse_run, corpora):
+    forest = sparse_run("demix")[0]
+    stored = read_json(forest / "config.json")
+    data = stored["data"] | {"path": str(corpora / "mail.jsonl")}
+    with pytest.raises(ConfigError, match=r"engine\.dtype must be bf16, in which the model .* is stored.*got fp32"):
+        add.main(configuration(forest, domain="mail", data=data, engine=stored["engine"] | {"dtype": "fp32"}))
+    assert not (forest / "runs/expert").exists()
