@@ -32,13 +32,20 @@ VERBS = {
     "generate": "continue a prompt with the ensemble or one model (generate.prompt=)",
     "report": "write the HTML report again",
     "status": "show how far a run is",
-    "step": "run single steps of a plan here, without a driver (steps=, element=)",
+    "step": "run single steps of a plan here, without a driver (steps=, element=), or an exported task (<directory>)",
+    "export-task": "write one ELM's training to a directory that runs on any machine (elm=, output=)",
+    "import": "let an ELM that was trained from an exported task join its forest (<directory>)",
     "slurm": "list, follow or cancel a forest's Slurm jobs, or submit a run as an array job (action=)",
     "doctor": "show what this machine can run",
 }
 _CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 _STORED_CONFIG_VERBS = {"add", "remove", "list", "inspect", "merge", "evaluate", "generate", "report", "status", "step"}
+_STORED_CONFIG_VERBS |= {"export-task", "import"}
 """Verbs that work on an existing forest and take its configuration, with overrides on top."""
+_MODULES = {"export-task": "export_task", "import": "import_task"}
+"""Verb -> module, where the name of the verb cannot be one."""
+_DIRECTORY_VERBS = ("step", "import")
+"""Verbs whose first argument may be the directory of an exported task."""
 _ENVIRONMENT_ERRORS = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM,
     errno.EROFS,
@@ -59,12 +66,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if verb not in VERBS:
             raise ConfigError([_unknown("command", verb, list(VERBS))])
-        overrides = check_overrides(arguments)
+        overrides = check_overrides(_with_task(verb, arguments))
     except BtmError as error:
         _fail(error)
     if verb == "demo" and not any(item.startswith("experiment=") for item in overrides):
         overrides.append("experiment=demo")
     _run_hydra(verb, overrides)
+
+
+def module_of(verb: str) -> str:
+    """Name of the module of ``btm.verbs`` that does what ``verb`` says."""
+    return _MODULES.get(verb, verb)
+
+
+def _with_task(verb: str, arguments: list[str]) -> list[str]:
+    """``btm import <directory>`` is short for ``btm import task=<directory>``."""
+    if verb not in _DIRECTORY_VERBS or not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+        return arguments
+    path = arguments[0].replace("\\", "\\\\").replace('"', '\\"')
+    return [f'task="{path}"', *arguments[1:]]
 
 
 def check_overrides(arguments: Sequence[str]) -> list[str]:
@@ -132,7 +152,7 @@ def _run_hydra(verb: str, overrides: list[str]) -> None:
         try:
             raw = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
             config = _configuration(verb, raw, list(HydraConfig.get().overrides.task))
-            importlib.import_module(f"btm.verbs.{verb}").main(config)
+            importlib.import_module(f"btm.verbs.{module_of(verb)}").main(config)
         except BtmError as error:
             _fail(error)
         except OmegaConfBaseException as error:

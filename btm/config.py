@@ -36,6 +36,12 @@ class Config(Model):
     """Steps that ``step`` runs, in this order, such as ``[prepare,seed]`` or ``[elm/law]``."""
     element: int | None = Field(default=None, ge=0)
     """Number of the one training after the seed that ``step`` runs: an array job's element."""
+    elm: str | None = None
+    """ELM whose training ``export-task`` takes out of the forest."""
+    output: str | None = None
+    """New directory that ``export-task`` writes."""
+    task: str | None = None
+    """Directory of an exported task: ``btm step <directory>`` trains it, ``btm import <directory>`` lets its ELM join."""
     action: SlurmAction = SlurmAction.jobs
     """What ``slurm`` does with a forest's jobs: list, follow or cancel them, or submit the run as an array."""
     output_json: bool = Field(default=False, alias="json")

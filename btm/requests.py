@@ -3,7 +3,7 @@
 A finished step is recognised by that ``spec_sha256``, and a changed one is never mistaken for it.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -27,16 +27,25 @@ class SpecModel(StoredModel):
     @property
     def sha256(self) -> str:
         """Hash of the content with paths relative to ``root``."""
-        return sha256_of_json(_relative(self.model_dump(mode="json", by_alias=True, exclude={"root"}), self.root))
+        return sha256_of_json(self.portable())
+
+    def portable(self) -> dict[str, Any]:
+        """The content without ``root``; a path in it begins with ``<forest>`` instead."""
+        return _relative(self.model_dump(mode="json", by_alias=True, exclude={"root"}), self.root)
+
+    @classmethod
+    def placed(cls, content: dict[str, Any], root: str) -> Self:
+        """The request whose :meth:`portable` content this is, in the directory ``root``."""
+        return cls.model_validate({**_relative(content, "<forest>", root), "root": root})
 
 
-def _relative(value: Any, root: str) -> Any:
+def _relative(value: Any, root: str, name: str = "<forest>") -> Any:
     if isinstance(value, str) and root and value.startswith(root):
-        return "<forest>" + value.removeprefix(root)
+        return name + value.removeprefix(root)
     if isinstance(value, dict):
-        return {key: _relative(item, root) for key, item in value.items()}
+        return {key: _relative(item, root, name) for key, item in value.items()}
     if isinstance(value, list):
-        return [_relative(item, root) for item in value]
+        return [_relative(item, root, name) for item in value]
     return value
 
 

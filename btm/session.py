@@ -27,7 +27,7 @@ _PRELOAD = ("torch", "transformers", "btm.train.worker", "btm.evaluate.score")
 _COMMON_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox", "opt", "phi")
 """Need no question to transformers, which takes seconds to load."""
 _FREE_KEYS = ("dry_run", "allow_config_change", "domain", "json", "launch", "tracking", "merge", "ensemble", "evaluate")
-_FREE_KEYS += ("generate", "branch", "baselines", "forest", "steps", "element", "action")
+_FREE_KEYS += ("generate", "branch", "baselines", "forest", "steps", "element", "elm", "output", "task", "action")
 """Parts of the configuration that may change between two runs on one forest."""
 
 

@@ -1,5 +1,7 @@
 """``btm step``: single steps of a plan, run here and now, without a driver: what one element of an array job does.
 
+``btm step <directory>`` trains the task that ``btm export-task`` wrote there, in any place and without its forest.
+
 The forest's directory is all that the elements share. Trainings of ELMs and baselines write only below
 ``runs/<step>/``, so any number of them may run at the same time; ``btm run`` with the same configuration then finds
 them finished and does the rest. Exit code 143: it was asked to stop and has written its checkpoint.
@@ -10,14 +12,17 @@ from pathlib import Path
 
 from rich.console import Console
 
+from btm.budget import Updates
 from btm.config import Config
 from btm.config_parse import config_to_dict
 from btm.errors import ConfigError, ForestError, RunError
+from btm.exported_tasks import check_inputs, open_task, seal
 from btm.files import read_json
 from btm.forest import Forest
 from btm.orchestrator import make_task
 from btm.plan import PlanInput, Step, StepKind, plan_run
 from btm.plan_table import plan_tables
+from btm.requests import SpecModel
 from btm.session import (
     check_writable,
     config_differences,
@@ -30,6 +35,7 @@ from btm.session import (
 from btm.step_context import Context
 from btm.step_specs import build_spec
 from btm.steps import EXIT_PREEMPTED, is_finished, register
+from btm.tables import key_value_table
 from launch.logs import end_of_log
 from launch.slurm_group import StopRequest, run_group
 from launch.task import State
@@ -40,8 +46,11 @@ _LOG_LINES = 15
 
 
 def main(config: Config) -> None:
-    """Run the steps named by ``steps=`` or ``element=``, one after the other."""
+    """Run the steps named by ``steps=`` or ``element=``, one after the other, or the exported task in ``task=``."""
     console = console_for(config)
+    if config.task:
+        run_task(config, Path(config.task).absolute(), console)
+        return
     domains, novel, later = domain_groups(config)
     given = plan_input(config, domains, [*novel, *later])
     steps = selected_steps(given)
@@ -60,6 +69,33 @@ def main(config: Config) -> None:
             with Forest.lock(context.forest_dir):
                 store_config(config)
                 _run(step, context, stop, console)
+
+
+def run_task(config: Config, directory: Path, console: Console) -> None:
+    """Train the exported task in ``directory``, or go on with it, and note the checksums of what it leaves.
+
+    Raises:
+        ConfigError: If steps of a forest are named as well.
+        ForestError: If it is no task, or a file that the training reads is missing or has changed.
+        RunError: If the training failed for good.
+    """
+    if config.steps or config.element is not None:
+        raise ConfigError([f"btm step runs the task in {directory} or steps of a forest, got both; leave one out"])
+    task = open_task(directory)
+    spec, size = task.spec(directory), task.resources
+    step = Step(name=task.step, kind=StepKind.train, updates=spec.last_update - spec.first_update, **size.model_dump())
+    if config.dry_run:
+        facts = {"task": task.step, "of the forest": task.forest, "updates": step.updates, **size.model_dump()}
+        console.print(key_value_table(facts, title=f"exported task in {directory}"))
+        return
+    check_inputs(task, directory, owner=str(directory))
+    updates = Updates(spec.total_updates, spec.first_update, spec.batch_sequences, spec.batch_sequences)
+    context = Context(config=config, forest_dir=directory, updates=updates, domains=[task.elm])
+    stop = StopRequest()
+    with stop.installed():
+        _run(step, context, stop, console, spec=spec)
+    seal(task, directory)
+    console.print(f"bring {directory} back and type `btm import {directory} forest=<forest>`", markup=False)
 
 
 def selected_steps(given: PlanInput) -> list[Step]:
@@ -99,9 +135,9 @@ def _check_config(config: Config) -> None:
         raise ConfigError(problems)
 
 
-def _run(step: Step, context: Context, stop: StopRequest, console: Console) -> None:
+def _run(step: Step, context: Context, stop: StopRequest, console: Console, *, spec: SpecModel | None = None) -> None:
     _check_needs(step, context)
-    spec = build_spec(step, context)
+    spec = spec or build_spec(step, context)
     if step.kind is not StepKind.prepare and is_finished(step, spec, context):
         register(step, context)
         console.print(f"{step.name} was finished earlier")
