@@ -1,20 +1,25 @@
 """Which sequences of a batch go through the model together.
 
 Layers that balance or limit loads look at all tokens of a pass, so for them the passes belong to what is learnt: a run
-keeps those that it began with, whatever processes continue it.
+keeps those that it began with, whatever processes continue it. Where loads are balanced globally, those of all
+processes count: such a run is cut anew, and without ``train.micro_batch_sequences`` all tokens of an update count.
 """
 
 import numpy as np
 
-from btm.config_ffn import FfnLayer
-from btm.requests import TrainSpec
-
-_BY_TOKEN = (FfnLayer.dense, FfnLayer.demix)
+from btm.config_ffn import Balance, FfnConfig, FfnLayer, RouterName
 
 
-def passes_matter(spec: TrainSpec) -> bool:
-    """Whether another division of the batch into passes would be another training."""
-    return spec.ffn.layer not in _BY_TOKEN
+def routes_by_token(ffn: FfnConfig) -> bool:
+    """Whether what a layer does with a token, and its losses, depend on no other token."""
+    return ffn.layer in (FfnLayer.dense, FfnLayer.demix)
+
+
+def keeps_passes(ffn: FfnConfig) -> bool:
+    """Whether a run must keep the passes that it began with, whatever processes continue it."""
+    by_choice = ffn.layer is FfnLayer.top_k and ffn.router is not RouterName.expert_choice
+    is_free = by_choice and ffn.capacity_factor is None and ffn.balance is Balance.globally
+    return not routes_by_token(ffn) and not is_free
 
 
 def passes_of(num_sequences: int, num_processes: int, micro_batch_sequences: int | None) -> list[int]:

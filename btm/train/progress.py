@@ -6,7 +6,7 @@ from typing import Any
 from btm.records import StoredModel
 from btm.requests import TrainSpec
 from btm.schema import Model
-from btm.train.expert_passes import passes_matter
+from btm.train.expert_passes import routes_by_token
 from btm.train.spikes import SpikeState
 
 _FREE_KEYS = (
@@ -63,7 +63,7 @@ class Progress(Model):
     matmul_peak: float = 0.0
     """FLOP/s, measured once per run."""
     passes: list[int] = []
-    """Sequences of each pass of an update, where they are part of what is learnt."""
+    """Sequences of each pass of an update, where a run must keep them."""
 
 
 class CheckpointState(StoredModel):
@@ -87,7 +87,7 @@ def differences(stored: dict[str, Any], spec: TrainSpec) -> list[str]:
 
 
 def _is_free(key: str, spec: TrainSpec) -> bool:
-    if key == _PASSES_KEY and passes_matter(spec):
+    if key == _PASSES_KEY and not routes_by_token(spec.ffn):
         return False
     return key in _FREE_KEYS or key.endswith(".prefix") or key.startswith(_FREE_TABLE)
 

@@ -22,7 +22,7 @@ from btm.model.sparse_lm import add_experts, describe, sparsity_of
 from btm.requests import TrainSpec
 from btm.train.checkpoint import Checkpoint, CheckpointStore, verified
 from btm.train.engine import Engine
-from btm.train.expert_passes import passes_matter, passes_of
+from btm.train.expert_passes import keeps_passes, passes_of
 from btm.train.expert_training import LOSS_WEIGHTS
 from btm.train.metrics import MetricsFile
 from btm.train.progress import CheckpointState, Progress, differences
@@ -89,8 +89,8 @@ def _engine_of(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks, passes: 
 
 
 def _passes(spec: TrainSpec, ranks: Ranks, own: Checkpoint | None) -> list[int] | None:
-    """Sequences of each pass, where they are part of what is learnt: those that the run began with."""
-    if not passes_matter(spec):
+    """Sequences of each pass, where they are part of what is learnt: those that the run began with; else None."""
+    if not keeps_passes(spec.ffn):
         return None
     asked = passes_of(spec.batch_sequences, ranks.size, spec.train.micro_batch_sequences)
     passes = asked if own is None else _state(own).progress.passes or asked

@@ -12,6 +12,7 @@ from moe_kernels.expert_parallel import (
     clip_gradients,
     exchange,
     owned_experts,
+    spread_experts,
 )
 from moe_kernels.experts import SwigluExperts
 from moe_kernels.routers import DomainRouter
@@ -245,3 +246,58 @@ def test_every_expert_has_one_owner(num_experts, world):
     shares = [owned_experts(num_experts, world, rank) for rank in range(world)]
     assert [expert for share in shares for expert in share] == list(range(num_experts))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+class Stack(torch.nn.Module):
+    """Layers of both kinds of experts, three of each: the last of four ranks holds none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = TopKConfig(width=WIDTH, hidden_width=6, num_experts=3, backend="loop").build()
+        self.second = BaseConfig(width=WIDTH, hidden_width=6, num_experts=3).build().eval()
+        for parameter in self.second.parameters():
+            torch.nn.init.normal_(parameter, std=0.4)
+
+    def forward(self, x):
+        return self.second(x + self.first(x).hidden).hidden
+
+
+def sums_over_few_experts(rank, world):
+    model = Stack().double()
+    spread = spread_experts(model, dist.group.WORLD, loss="sum", allows_empty=True)
+    assert list(spread) == ["first.experts", "second.experts"]
+    loss = model(batch(rank, world, 0)).square().sum()
+    loss.backward()
+    names = dict(model.named_parameters())
+    gradients = {path: full_gradients(getattr(model, path.split(".")[0])) for path in spread}
+    whole = {path: experts.full_state() for path, experts in spread.items()}
+    if rank == 0:
+        for path, experts in spread.items():
+            again = experts.undivided(whole[path]).state_dict()
+            assert all(torch.equal(again[name], tensor) for name, tensor in whole[path].items())
+    return loss.item(), gradients, whole, len(names)
+
+
+def test_l7_sums_of_losses_and_ranks_without_experts(tmp_path):
+    """With ``loss="sum"`` an expert's gradient is that of the sum over all ranks, whatever rank holds it."""
+    model = Stack().double()
+    loss = model(batch(0, 1, 0)).square().sum()
+    loss.backward()
+    results = run_processes(sums_over_few_experts, 4, tmp_path)
+    assert sum(result[0] for result in results) == pytest.approx(loss.item(), rel=1e-12)
+    assert len({result[3] for result in results}) == 2, "one rank has fewer parameters"
+    for _, gradients, whole, _ in results:
+        for path, found in gradients.items():
+            experts = model.get_submodule(path)
+            assert found.keys() == whole[path].keys() == dict(experts.named_parameters()).keys()
+            for name, parameter in experts.named_parameters():
+                assert torch.equal(whole[path][name], parameter)
+                expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                torch.testing.assert_close(found[name], expected)
+
+
+def test_ranks_without_experts_are_the_last_ones():
+    assert [len(owned_experts(3, 4, rank, allows_empty=True)) for rank in range(4)] == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match="loss: got 'both'"):
+        ExpertParallelExperts(SwigluExperts(1, 8, 4), None, loss="both")

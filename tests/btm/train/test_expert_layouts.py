@@ -16,15 +16,18 @@ import torch
 from training_runs import fork, rank_environments, wait
 
 from btm.config_ffn import FfnConfig
-from btm.config_model import EngineConfig, ModelConfig
+from btm.config_model import EngineConfig, ModelConfig, engine_problems
 from btm.config_train import TrainConfig
 from btm.corpus.sampler import Batch
+from btm.errors import ConfigError
 from btm.model.causal_lm import build_model
 from btm.model.sparse_lm import add_experts
 from btm.train.divided_tensor import contribute_all
+from btm.train.expert_passes import order_by_expert, passes_of, passes_of_rank
 from btm.train.ranks import Ranks, joined_ranks
 from btm.train.tensor_file import read_tensors, write_tensors
 from btm.train.torch_engine import TorchEngine
+from moe_kernels.routers import HashRouter
 
 pytestmark = pytest.mark.distributed
 VOCABULARY, SEQUENCES, LENGTH, UPDATES = 61, 8, 10, 3
@@ -36,6 +39,7 @@ KINDS = {
     "modality": FfnConfig(layer="modality", group_sizes=[2, 2], modality_starts=[30]),
     "depths": FfnConfig(layer="modality", group_sizes=[2, 1], modality_starts=[30], depth_fraction=0.6),
     "few": FfnConfig(layer="top_k", num_experts=3, router="switch"),
+    "hash": FfnConfig(layer="top_k", num_experts=4, router="hash"),
 }
 FAST = ("top_k", "base", "demix", "modality")
 Layout = tuple[int, str, int, int]
@@ -53,10 +57,14 @@ def engine_of(kind: str, ranks: Ranks, *, experts: int = 1, micro: int | None = 
 
 
 def batch_of(number: int) -> Batch:
-    """The last update has no sequence of domain 1, some have padding."""
+    """Of the last update, experts 1 and 3 get nothing where domains or hashes decide, and expert 2 one sequence."""
     generator = np.random.default_rng(number)
     tokens = generator.integers(1, VOCABULARY, size=(SEQUENCES, LENGTH + 1))
-    domain = np.resize([0, 2, 3] if number == UPDATES - 1 else [0, 1, 2, 3], SEQUENCES)
+    domain = np.resize([0, 1, 2, 3], SEQUENCES)
+    if number == UPDATES - 1:
+        domain = np.array([0] * (SEQUENCES - 1) + [2])
+        expert = HashRouter(4).expert_of(torch.arange(VOCABULARY)).numpy()
+        tokens = np.stack([generator.choice(np.flatnonzero(expert == wanted), LENGTH + 1) for wanted in domain])
     if number != 1:
         return Batch(tokens, None, {"d": SEQUENCES * LENGTH}, domain)
     segments = np.ones(tokens.shape, dtype=np.int32)
@@ -96,7 +104,8 @@ def layouts(world: int) -> list[Layout]:
 
 def is_fast(layout: Layout) -> bool:
     world, kind, experts, accumulation = layout
-    return (kind in FAST and (world == 2 or (experts, accumulation) == (2, 2))) or layout == (4, "few", 4, 1)
+    is_usual = kind in FAST and (world == 2 or (experts, accumulation) == (2, 2))
+    return is_usual or layout in ((4, "few", 4, 1), (4, "hash", 2, 1))
 
 
 ALL = [*layouts(2), *layouts(4)]
@@ -165,3 +174,73 @@ def test_l1_l3_layouts_equal_one_process(found, layout):
         scale = float(tensor.abs().max()) or 1.0
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-5 * scale, msg=name)
     assert (sum(result["moments"] for result in per_rank) < world * expected["moments"]) == (experts > 1)
+
+
+@pytest.mark.parametrize("kind", ["hash", "demix"])
+def test_l2_idle_experts_of_stacks_and_lists_keep_weights_moments_and_steps(kind):
+    """Neither momentum nor weight decay moves an expert that no token of the update reached; all others move."""
+    engine = engine_of(kind, Ranks())
+    for number in range(UPDATES):
+        before = {f"{file}/{name}": t.clone() for file, ts in engine.tensor_files().items() for name, t in ts.items()}
+        engine.gradients(batch_of(number), random_seed=0, stop_requested=False)
+        engine.step(1e-2)
+    checked = 0
+    for file, tensors in engine.tensor_files().items():
+        for name, tensor in tensors.items():
+            moved = tensor != before[f"{file}/{name}"]
+            if "experts" not in name:
+                assert moved.any() or "step" in name, name
+                continue
+            parts = enumerate(moved) if kind == "hash" else [(int(name.split("experts.experts.")[1][0]), moved)]
+            for expert, part in parts:
+                assert bool(part.any()) == (expert in (0, 2)), (file, name, expert)
+                checked += 1
+    # Two blocks of four experts: three matrices with two moments each, and the number of steps.
+    assert checked == 2 * 4 * (3 * 3 + 1)
+    steps = engine.tensor_files()["optimizer.safetensors"]
+    counts = [tensor for name, tensor in sorted(steps.items()) if name.startswith("step.")]
+    assert torch.cat([count.reshape(-1) for count in counts]).tolist() == [3.0, 2.0, 3.0, 2.0] * 2
+
+
+def test_a_number_of_processes_that_does_not_divide_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"engine.expert_parallel \(2\) must divide the number of processes, which is 1"
+    ):
+        engine_of("top_k", Ranks(), experts=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "is_sparse", "expected"),
+    [
+        ({"num_processes": 4, "expert_parallel": 2}, True, None),
+        ({"num_processes": 4, "expert_parallel": 3}, True, "engine.expert_parallel=3 must divide the 4 processes"),
+        ({"num_processes": 2, "expert_parallel": 2}, False, "engine.expert_parallel=2 needs expert layers"),
+        (
+            {"name": "deepspeed", "num_processes": 2, "expert_parallel": 2},
+            False,
+            "engine.expert_parallel needs engine=torch, got engine=deepspeed",
+        ),
+    ],
+)
+def test_contradictions_are_named_before_training(engine, is_sparse, expected):
+    problems = engine_problems(EngineConfig(**engine), is_sparse=is_sparse)
+    assert [problem.startswith(expected or "") for problem in problems] == ([] if expected is None else [True])
+
+
+def test_passes_are_whole_for_any_number_of_processes():
+    for sequences, processes, micro in itertools.product(range(1, 14), range(1, 6), (None, 1, 2, 3)):
+        sizes = passes_of(sequences, processes, micro)
+        assert sum(sizes) == sequences
+        assert min(sizes) >= 1
+        assert max(sizes) <= (micro or sequences)
+        shares = [passes_of_rank(len(sizes), rank, processes) for rank in range(processes)]
+        assert [number for share in shares for number in share] == list(range(len(sizes)))
+    assert passes_of(8, 4, None) == passes_of(8, 1, 2) == passes_of(8, 2, 2) == [2, 2, 2, 2]
+
+
+def test_sequences_of_a_domain_go_to_the_process_that_has_its_expert():
+    """Two groups of two processes: shares of the domains 0-1 and 2-3."""
+    domain = np.array([3, 0, 2, 1, 1, 3, 0, 2])
+    order = order_by_expert(domain, 2, 2)
+    assert sorted(order) == list(range(8))
+    assert (domain[order].reshape(4, 2) // 2).tolist() == [[0, 0], [1, 1], [0, 0], [1, 1]]
