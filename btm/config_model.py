@@ -148,7 +148,7 @@ def _megatron_problems(engine: EngineConfig, num_processes: int, model: ModelCon
     if num_processes % size:
         problems.append(
             f"engine.tensor_parallel={size} must divide the {num_processes} processes of a model; set "
-            f"engine.num_processes to a multiple of it"
+            f"engine.num_processes, or launch.gpus_per_elm, to a multiple of it"
         )
     if engine.sequence_parallel and size == 1:
         problems.append("engine.sequence_parallel=true needs engine.tensor_parallel of at least 2, got 1")

@@ -175,7 +175,10 @@ def _other_problems(config: Config) -> list[str]:
             f"got {config.launch.cpus_per_elm}"
         )
     problems += group_problems(config.launch, num_processes=config.engine.num_processes)
-    problems += engine_problems(config.engine, is_sparse=config.ffn.is_sparse)
+    processes = max(config.launch.gpus_per_elm, config.engine.num_processes)
+    problems += engine_problems(
+        config.engine, is_sparse=config.ffn.is_sparse, num_processes=processes, model=config.model
+    )
     for key in model.extra:
         if names_secret(key):
             problems.append(f"model.extra.{key} looks like a secret; secrets come from the environment only")

@@ -102,6 +102,7 @@ class MegatronEngine:
     def gradients(self, batch: Batch, *, random_seed: int, stop_requested: bool) -> Gradients:
         """See :meth:`btm.train.engine.Engine.gradients`."""
         del random_seed  # there is no dropout
+        self._to_fill = {}  # as large as a checkpoint
         self._num_targets = max(1, sum(batch.domain_tokens.values()))
         self._flat.start_gradients()
         with self._guarded():

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from btm.config_model import MEGATRON_ARCHITECTURES
 from btm.errors import ConfigError
 from btm.model.sparse_lm import sparsity_of
 
-ARCHITECTURES = ("llama", "mistral", "olmo2", "qwen2", "qwen3")
-"""``model_type`` of the architectures whose blocks Megatron's layers compute."""
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary scaling whose frequencies do not depend on the length of a sequence."""
 _TORCH = "use engine=torch"
@@ -131,8 +130,8 @@ def _problems(model: PreTrainedModel, sequence_length: int) -> Iterator[str]:
     if sparsity_of(model) is not None:
         yield f"engine=megatron trains dense models only, this one has expert layers (ffn); {_TORCH}"
         return
-    if config.model_type not in ARCHITECTURES:
-        yield f"engine=megatron trains {', '.join(ARCHITECTURES)} models, got {config.model_type!r}; {_TORCH}"
+    if config.model_type not in MEGATRON_ARCHITECTURES:
+        yield f"engine=megatron trains {', '.join(MEGATRON_ARCHITECTURES)} models, got {config.model_type!r}; {_TORCH}"
         return
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if frozen:

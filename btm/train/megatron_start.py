@@ -57,6 +57,8 @@ def join_mesh(ranks: Ranks, tensor_parallel: int) -> Mesh:
         TrainingError: If Megatron-Core is not installed.
     """
     state = _imported("megatron.core.parallel_state")
+    # Exchanges have other names in newer versions of torch.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     if not dist.is_initialized():
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -109,32 +111,32 @@ class GptLosses(nn.Module):
         rows = shape.padded_vocabulary(mesh.tensor_size)
         per_rank = rows // mesh.tensor_size
         self._num_real = min(per_rank, max(0, shape.vocabulary - mesh.tensor_rank * per_rank))
-        config = transformer_config(
-            num_layers=shape.num_layers,
-            hidden_size=shape.hidden_size,
-            num_attention_heads=shape.num_heads,
-            num_query_groups=shape.num_groups,
-            kv_channels=shape.head_size,
-            ffn_hidden_size=shape.intermediate_size,
-            layernorm_epsilon=shape.norm_eps,
-            normalization="RMSNorm",
-            activation_func=functional.silu,
-            gated_linear_unit=True,
-            use_te_activation_func=True,  # takes the activation module of the specification, whoever wrote it
-            add_bias_linear=False,  # LinearOfSpec decides
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            softmax_scale=shape.score_scale,
-            tensor_model_parallel_size=mesh.tensor_size,
-            sequence_parallel=is_sequence_parallel,
-            use_cpu_initialization=True,
-            perform_initialization=False,
-            params_dtype=dtype,
-            bf16=dtype is torch.bfloat16,
-            deterministic_mode=torch.are_deterministic_algorithms_enabled(),
-        )
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
+            config = transformer_config(
+                num_layers=shape.num_layers,
+                hidden_size=shape.hidden_size,
+                num_attention_heads=shape.num_heads,
+                num_query_groups=shape.num_groups,
+                kv_channels=shape.head_size,
+                ffn_hidden_size=shape.intermediate_size,
+                layernorm_epsilon=shape.norm_eps,
+                normalization="RMSNorm",
+                activation_func=functional.silu,
+                gated_linear_unit=True,
+                use_te_activation_func=True,  # takes the activation module of the specification, whoever wrote it
+                add_bias_linear=False,  # LinearOfSpec decides
+                hidden_dropout=0.0,
+                attention_dropout=0.0,
+                softmax_scale=shape.score_scale,
+                tensor_model_parallel_size=mesh.tensor_size,
+                sequence_parallel=is_sequence_parallel,
+                use_cpu_initialization=True,
+                perform_initialization=False,
+                params_dtype=dtype,
+                bf16=dtype is torch.bfloat16,
+                deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+            )
             self.gpt = _imported("megatron.core.models.gpt").GPTModel(
                 config=config,
                 transformer_layer_spec=_block_spec(shape, mesh, device),
