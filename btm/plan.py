@@ -24,6 +24,7 @@ from btm.config_ffn import FfnLayer
 from btm.config_launch import GroupSize
 from btm.config_merge import MergeMethodName
 from btm.config_train import BranchSource
+from btm.errors import ConfigError
 
 
 class StepKind(StrEnum):
@@ -247,9 +248,9 @@ def _train_step(
     config, length = given.config, given.config.train.sequence_length
     tokens = updates * sequences * length
     share = _whole_machine(given) if whole_machine else _share_of(given, name)
-    processes = share.num_processes
-    while sequences % processes:
-        processes -= 1
+    # Experts are shared out in the model that has them.
+    multiple = config.engine.expert_parallel if name == "sparse" else 1
+    processes = _num_processes(share.num_processes, sequences, multiple)
     size = given.size_of(name)
     return Step(
         name=name,
@@ -263,6 +264,23 @@ def _train_step(
         flops=tokens * size.flops_per_token(length),
         disk_bytes=config.train.keep_checkpoints * size.checkpoint_bytes + size.model_bytes(config.engine.dtype),
     )
+
+
+def _num_processes(most: int, sequences: int, multiple: int) -> int:
+    """The largest number of processes up to ``most`` that shares out the sequences of an update equally.
+
+    Raises:
+        ConfigError: If none is a multiple of ``multiple``, the processes that share out experts.
+    """
+    fitting = [count for count in range(multiple, most + 1, multiple) if sequences % count == 0]
+    if not fitting:
+        raise ConfigError(
+            [
+                f"engine.expert_parallel={multiple} needs updates whose sequences ({sequences}) and up to {most} "
+                f"processes it divides; make train.batch_tokens a multiple of {multiple} * train.sequence_length"
+            ]
+        )
+    return fitting[-1]
 
 
 def _share_of(given: PlanInput, name: str) -> GroupSize:

@@ -100,7 +100,8 @@ def expert_train_spec(step: Step, context: Context) -> TrainSpec:
         ffn=config.ffn,
         trainable_domain=domain,
         train=config.train,
-        engine=config.engine,
+        # A single expert per layer, which nobody has to share out.
+        engine=config.engine.model_copy(update={"expert_parallel": 1}),
         seed=config.seed,
     )
 

@@ -70,7 +70,7 @@ class TorchEngine:
         self.num_parameters = num_parameters(model)
         self.flops_per_token = flops_per_token(model, train.sequence_length)
         self._num_owners, self._step_names = num_experts(model), step_names(model)
-        self._division = ExpertDivision.of(model, ranks, config.expert_parallel)
+        self._division = ExpertDivision.of(model, ranks, config.expert_parallel) if self._num_owners else None
         self.flat = FlatParameters(
             model,
             ranks.device,

@@ -1,0 +1,35 @@
+"""Who shares out experts in a plan."""
+
+import pytest
+
+from btm.budget import model_size
+from btm.config_parse import parse_config
+from btm.errors import ConfigError
+from btm.plan import Machine, PlanInput, plan_add, plan_run
+
+
+def given(num_processes: int, expert_parallel: int, batch_tokens: int) -> PlanInput:
+    config = parse_config(
+        {
+            "ffn": {"layer": "demix"},
+            "baselines": {"dense": True},
+            "train": {"sequence_length": 128, "batch_tokens": batch_tokens},
+            "launch": {"cpus_per_elm": num_processes},
+            "engine": {"num_processes": num_processes, "expert_parallel": expert_parallel},
+        }
+    )
+    size = model_size(config.model, config.tokenizer.vocab_size)
+    return PlanInput(config=config, machine=Machine(num_cpus=8), size=size, domains=["ants", "bees"])
+
+
+def test_the_sparse_model_gets_a_multiple_of_the_processes_that_share_out_its_experts():
+    """Six sequences, four processes: three would share them, two do where experts are shared out by two."""
+    processes = {step.name: step.num_processes for step in plan_run(given(4, 2, 6 * 128))}
+    assert (processes["sparse"], processes["dense"]) == (2, 3)
+    (step,) = (step for step in plan_add(given(4, 2, 6 * 128), "cats", num_original_domains=2) if "expert" in step.name)
+    assert step.num_processes == 3
+
+
+def test_sequences_that_cannot_be_shared_are_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match=r"make train.batch_tokens a multiple of 4 \* train.sequence_length"):
+        plan_run(given(4, 4, 6 * 128))
