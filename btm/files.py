@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,21 @@ def remove_leftovers(directory: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def identity_of(directory: Path) -> tuple[int, int] | None:
+    """What tells a directory from another one of the same name; None when there is none.
+
+    Looks twice where there seems to be none: a file server may forget for a moment what it has.
+    """
+    for pause_s in (1.0, 0.0):
+        try:
+            status = directory.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            time.sleep(pause_s)
+        else:
+            return status.st_dev, status.st_ino
+    return None
 
 
 def sha256_of_file(path: Path) -> str:

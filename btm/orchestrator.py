@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 from btm.display import RunDisplay, TaskView
-from btm.errors import BtmError, RunError
+from btm.errors import BtmError, ForestError, RunError
+from btm.files import identity_of
 from btm.plan import Step, StepKind
 from btm.requests import SpecModel
 from btm.step_context import Context
@@ -88,6 +89,7 @@ class Orchestrator:
         self._context = context
         self._executor = executor
         self._display = display
+        self._home = identity_of(context.forest_dir)
         self._stopping = False
 
     def run(self, tracker: Tracker, *, after_step: Callable[[Step], None] | None = None) -> Outcome:
@@ -99,6 +101,7 @@ class Orchestrator:
 
         Raises:
             StoppedError: On Ctrl-C or TERM, after the workers have written their checkpoints.
+            ForestError: If somebody deletes the forest's directory; the workers have been ended then.
         """
         with self._signals():
             try:
@@ -106,7 +109,7 @@ class Orchestrator:
                     self._show(tracker)
                     time.sleep(self._context.config.launch.poll_interval_s)
             except StoppedError:
-                self._stop()
+                self._stop(grace_s=30.0)
                 raise
             finally:
                 self._show(tracker)
@@ -114,6 +117,10 @@ class Orchestrator:
 
     def _advance(self, tracker: Tracker, after_step: Callable[[Step], None] | None) -> bool:
         """Start, collect and restart; False when every step is done, failed or skipped."""
+        if self._home and identity_of(self._context.forest_dir) != self._home:
+            # A worker that writes a checkpoint makes the directory again, with nothing else in it.
+            self._stop(grace_s=0.0)
+            raise ForestError(f"{self._context.forest_dir} was deleted or moved while its run went on; run it again")
         if self._stopping:
             raise StoppedError
         started = True
@@ -187,12 +194,12 @@ class Orchestrator:
             state.state = "failed"
             self._display.log(f"{state.step.name} failed: {_reason(status)}")
 
-    def _stop(self) -> None:
+    def _stop(self, *, grace_s: float) -> None:
         """Let the workers write their checkpoints, then wait for their end."""
         running = [name for name, state in self._states.items() if state.state in _SUBMITTED]
         for name in running:
-            self._executor.cancel(name, grace_s=30.0)
-        deadline = time.monotonic() + 35.0
+            self._executor.cancel(name, grace_s=grace_s)
+        deadline = time.monotonic() + grace_s + 5.0
         while time.monotonic() < deadline:
             statuses = self._executor.poll()
             if all(statuses[name].is_final for name in running if name in statuses):

@@ -9,7 +9,6 @@ gone, it kills every child with all of its process group and ends; when it is ki
 
 import atexit
 import contextlib
-import ctypes
 import dataclasses
 import gc
 import importlib
@@ -24,6 +23,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from launch.parent_death import DiesWithParent
 from launch.process import (
     RENDEZVOUS_VARIABLE,
     MessageBuffer,
@@ -33,7 +33,6 @@ from launch.process import (
     interpreter_command,
 )
 
-_PR_SET_PDEATHSIG = 1
 _HEARTBEAT_S = 0.5
 _REAP_TIMEOUT_S = 5.0
 
@@ -85,7 +84,7 @@ class Server:
         self._children: dict[int, int] = {}
         self._files: set[str] = set()
         self._can_fork = True
-        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._dies_with_server = DiesWithParent()
         self._wakeup_read, self._wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, _ignore_signal)
         signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
@@ -128,10 +127,9 @@ class Server:
         except OSError as error:
             self._send({"id": identity, "error": f"cannot open the log {spec.log_path!r}: {error.strerror}"})
             return None
-        server_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._enter_child(server_pid, spec, log)
+            self._enter_child(spec, log)
             return dataclasses.replace(spec, is_forked=spec.is_forked and self._can_fork)
         os.close(log)
         self._children[pid] = identity
@@ -139,10 +137,8 @@ class Server:
         self._send({"id": identity, "pid": pid})
         return None
 
-    def _enter_child(self, server_pid: int, spec: ProcessSpec, log: int) -> None:
-        self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != server_pid:
-            os._exit(1)
+    def _enter_child(self, spec: ProcessSpec, log: int) -> None:
+        self._dies_with_server()
         os.setsid()
         self._guard.enter_child()
         os.dup2(log, 1)

@@ -1,7 +1,7 @@
 """The processes of one task as children of this process, which a scheduler may ask to stop.
 
 Not the fork server: Slurm signals a job step as a whole (with ``proctrack/linuxproc`` every process of it), and nothing
-may stand between the signal and the checkpoint but the processes that write it.
+may stand between the signal and the checkpoint but the processes that write it. They die with this process.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.group import describe_exit
+from launch.parent_death import DiesWithParent
 from launch.process import interpreter_command, process_specs
 from launch.resources import Allocation, CoreLeases, available_cores, available_gpus, private_dir
 from launch.task import State, Status, Task
@@ -97,6 +98,7 @@ def _start(task: Task, allocation: Allocation, rendezvous: Path) -> list[_Child]
     )
     Path(task.log_path).parent.mkdir(parents=True, exist_ok=True)
     os.sched_setaffinity(0, allocation.cores)
+    dies_with = DiesWithParent()
     with open(task.log_path, "ab") as log:
         return [
             _Child(
@@ -108,6 +110,7 @@ def _start(task: Task, allocation: Allocation, rendezvous: Path) -> list[_Child]
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    preexec_fn=dies_with,
                 ),
             )
             for rank, spec in enumerate(specs)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from btm.config_parse import parse_config
 from btm.display import RunDisplay
+from btm.errors import ForestError
 from btm.files import read_json
 from btm.forest import Forest
 from btm.orchestrator import Orchestrator, Outcome
@@ -19,6 +20,7 @@ from btm.records import TrainResult
 from btm.session import make_context, plan_input
 from btm.steps import EXIT_PREEMPTED
 from launch.local import LocalExecutor
+from launch.task import State
 from tests.conftest import run_btm
 
 STEP = "elm/mail"
@@ -114,3 +116,36 @@ def test_the_same_command_again_shows_its_own_failure_alone(forest, tmp_path):
     assert "not valid JSON" in said[0]
     assert "no field 'text'" in said[1]
     assert "not valid JSON" not in said[1]
+
+
+class Deletion(Interference):
+    """A tracker that moves the whole forest away once the worker trains."""
+
+    def poll(self) -> None:
+        group, folder = self.executor._groups.get(STEP), self.run.parents[2]
+        if self.times and group and (self.run / "metrics.jsonl").is_file():
+            self.times -= 1
+            self.pids = [process.pid for process in group.processes]
+            folder.rename(folder.with_name("elsewhere"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_every", [10, 100_000])
+def test_workers_end_at_once_when_the_forest_is_deleted(forest, corpora, tmp_path, checkpoint_every):
+    """Also when one has made the directory again meanwhile, by writing a checkpoint."""
+    folder = tmp_path / "forest"
+    shutil.copytree(forest, folder)
+    raw = read_json(folder / "config.json")
+    raw["data"]["path"] = str(corpora / "mail.jsonl")
+    raw["branch"]["optimizer"] = "reset"
+    raw["train"] |= {"tokens": 100 * 40_960, "checkpoint_every": checkpoint_every}
+    config = parse_config(raw | {"forest": str(folder), "domain": "mail"})
+    steps = plan_add(plan_input(config, ["code", "docs"], []), "mail", num_original_domains=2)
+    context = make_context(config, ["code", "docs"], [])
+    with LocalExecutor(preload=MODULES) as executor, RunDisplay(Console(quiet=True)) as display:
+        tracker = Deletion(folder, executor, signal.SIGKILL, 1)
+        with pytest.raises(ForestError, match="was deleted or moved while its run went on"):
+            Orchestrator(steps, context, executor, display).run(tracker)
+        assert executor.poll()[STEP].state is State.cancelled
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in tracker.pids)
+    assert checkpoint_every == 10 or not folder.exists()
