@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,8 +58,10 @@ def join_mesh(ranks: Ranks, tensor_parallel: int) -> Mesh:
         TrainingError: If Megatron-Core is not installed.
     """
     state = _imported("megatron.core.parallel_state")
-    # Exchanges have other names in newer versions of torch.
+    # Exchanges have other names in newer versions of torch; the other advice is about CUDA.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    if ranks.device.type == "cpu":
+        warnings.filterwarnings("ignore", message="When using async grad allreduce")
     if not dist.is_initialized():
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -106,13 +109,11 @@ class GptLosses(nn.Module):
         """
         super().__init__()
         transformer_config = _imported("megatron.core.transformer").TransformerConfig
-        self._device = device
-        self._shape = shape
+        self._entropy = _imported("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
         rows = shape.padded_vocabulary(mesh.tensor_size)
         per_rank = rows // mesh.tensor_size
         self._num_real = min(per_rank, max(0, shape.vocabulary - mesh.tensor_rank * per_rank))
-        with warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")
+        with _quiet():
             config = transformer_config(
                 num_layers=shape.num_layers,
                 hidden_size=shape.hidden_size,
@@ -163,8 +164,7 @@ class GptLosses(nn.Module):
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
         """Loss of each token, fp32 [B, T] nats, 0 where the target is -100; the same on tensor-parallel processes."""
         is_scored = targets != IGNORED
-        entropy = _imported("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
-        losses = entropy(self.logits(inputs, segments), targets.masked_fill(~is_scored, 0))
+        losses = self._entropy(self.logits(inputs, segments), targets.masked_fill(~is_scored, 0))
         return losses * is_scored
 
 
@@ -230,6 +230,8 @@ def _block_spec(shape: GptShape, mesh: Mesh, device: torch.device) -> Any:
 def _backend(device: torch.device) -> tuple[type[nn.Module], type[nn.Module], type[nn.Module] | None]:
     """Column-parallel and row-parallel linear layer, and fused attention where there is one."""
     if device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
+        if torch.are_deterministic_algorithms_enabled():
+            os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
         engine = _imported("megatron.core.extensions.transformer_engine")
         return engine.TEColumnParallelLinear, engine.TERowParallelLinear, engine.TEDotProductAttention
     layers = _imported("megatron.core.tensor_parallel")
@@ -237,10 +239,9 @@ def _backend(device: torch.device) -> tuple[type[nn.Module], type[nn.Module], ty
 
 
 def _imported(name: str) -> Any:
-    """A module of Megatron-Core, without its warnings about libraries that are not there and not needed."""
+    """A module of Megatron-Core."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             import megatron.core  # noqa: F401
 
             return importlib.import_module(name)
@@ -252,14 +253,15 @@ def _imported(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Megatron warns about every feed-forward module that it did not write."""
-    logger = logging.getLogger("megatron.core")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep to itself what Megatron says about libraries that are not there and modules that it did not write."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)
 
 
 def _leave_group() -> None:

@@ -18,8 +18,8 @@ _PACKAGES = {
     "wandb": "tracking=wandb",
     "datasets": "Hugging Face datasets as input",
     "lm-eval": "lm-evaluation-harness on a forest",
-    "deepspeed": "not used by this version",
-    "megatron-core": "not used by this version",
+    "deepspeed": "engine=deepspeed",
+    "megatron-core": "engine=megatron",
 }
 
 
