@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from btm.train.divided_tensor import DividedTensor
@@ -18,17 +19,23 @@ from btm.train.ranks import PeerLostError, Ranks
 from btm.train.tensor_file import Tensors
 from moe_kernels.expert_parallel import ExchangeError, ExpertParallelExperts, spread_experts
 
+_TRANSPORT = ("gloo", "nccl", "connection", "socket")
+"""Words in the errors of a broken connection."""
+
 
 @contextlib.contextmanager
 def naming_lost_exchanges() -> Iterator[None]:
-    """Tell a broken exchange of tokens from other errors of forward and backward.
+    """Tell a broken exchange of tokens or loads from other errors of forward and backward.
 
     Raises:
         PeerLostError: If a process is gone.
     """
     try:
         yield
-    except ExchangeError as error:
+    except RuntimeError as error:
+        is_transport = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _TRANSPORT)
+        if isinstance(error, PeerLostError) or not (is_transport or isinstance(error, ExchangeError)):
+            raise
         raise PeerLostError(f"a process of this group is gone ({error})") from error
 
 

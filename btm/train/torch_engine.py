@@ -130,7 +130,8 @@ class TorchEngine:
             if self._experts is not None:
                 domain = None if domain_id is None else torch.full_like(inputs[:, 0], domain_id)
                 passes.append(ExpertPass(domain=domain, is_real=targets != IGNORED))
-            losses = token_losses(self.model, inputs, targets, experts=passes[-1] if passes else None)
+            with naming_lost_exchanges():
+                losses = token_losses(self.model, inputs, targets, experts=passes[-1] if passes else None)
             total[0] += losses.double().sum()
             total[1] += (targets >= 0).sum()
         self.model.train()
