@@ -112,17 +112,21 @@ class FfnConfig(Model):
     placement: Placement | None = None
     """BASE layers in_place of the feed-forward network of their block (equal FLOPs), or inserted behind the block; null is in_place from scratch and inserted into pretrained models."""
     group_sizes: list[int] = [4, 4]
-    """Experts of each modality."""
+    """Experts of each modality; a single group serves all modalities alike, and an expert alone in its group is a dense network."""
     modality_starts: list[int] = []
     """First token id of each modality after the first, ascending; empty asks the tokenizer where its image codes begin."""
-    is_noisy: bool = False
-    """Gumbel-sigmoid noise on the scores of modality-aware layers in training."""
+    is_noisy: bool | None = None
+    """Gumbel-sigmoid noise on the scores of modality-aware layers in training; null is true for upcycled models alone."""
+    upcycle_from: str | None = None
+    """Trained sparse model with one expert per modality (ffn.group_sizes=[1,1]), or its forest, whose experts are copied to all of their group; its cost counts as the model's own."""
     depth_fraction: float | None = Field(default=None, gt=0, le=1)
     """Share of the tokens that pass every second expert layer, beginning with the first (mixture of depths, modality-aware layers); null lets all pass all."""
     inference: Inference = Inference.auxiliary
-    """auxiliary: causal, by routers that learn beside the model; expert_choice: looks at the whole batch (modality-aware layers)."""
+    """auxiliary: causal, by auxiliary routers; expert_choice: looks at the whole batch (modality-aware layers)."""
     auxiliary_weight: float = Field(default=1.0, ge=0)
     """Weight of the auxiliary routers' loss, whose gradient reaches nothing but these routers."""
+    auxiliary_tokens: int = Field(default=0, ge=0)
+    """Tokens on which the auxiliary routers learn after the model, all else frozen; 0 lets them learn beside it."""
     backend: str = Field(default="auto", pattern="^(auto|loop|grouped_mm|triton)$")
     """What multiplies: auto, loop, grouped_mm, triton."""
 
@@ -139,6 +143,19 @@ class FfnConfig(Model):
     def is_sparse(self) -> bool:
         """Whether there are expert layers."""
         return self.layer is not FfnLayer.dense
+
+    @property
+    def has_two_routings(self) -> bool:
+        """Whether tokens are routed by auxiliary routers outside of training, and over the whole batch in it."""
+        is_chosen = max(self.group_sizes, default=1) > 1 or self.depth_fraction is not None
+        return self.layer is FfnLayer.modality and self.inference is Inference.auxiliary and is_chosen
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether tokens are routed over the whole batch outside of training, too."""
+        if self.layer is FfnLayer.top_k:
+            return self.router is RouterName.expert_choice
+        return self.layer is FfnLayer.modality and self.inference is Inference.expert_choice
 
     def blocks(self, num_layers: int) -> list[int]:
         """Numbers of the blocks that get an expert layer, ascending.
@@ -177,6 +194,13 @@ def ffn_problems(ffn: FfnConfig) -> list[str]:
         problems.append(
             f"ffn.experts_per_token must be at most ffn.num_experts ({ffn.num_experts}), got {ffn.experts_per_token}"
         )
+    if ffn.auxiliary_tokens and (not ffn.has_two_routings or not ffn.auxiliary_weight):
+        problems.append(
+            "ffn.auxiliary_tokens trains auxiliary routers: it needs ffn=modality with several experts in a group or "
+            "ffn.depth_fraction, ffn.inference=auxiliary and ffn.auxiliary_weight above 0; set it to 0 otherwise"
+        )
+    if ffn.upcycle_from is not None and ffn.layer is not FfnLayer.modality:
+        problems.append(f"ffn.upcycle_from belongs to ffn=modality, got {ffn.layer}; leave it null")
     if ffn.layer is FfnLayer.modality:
         if min(ffn.group_sizes, default=0) < 1:
             problems.append(f"ffn.group_sizes must be at least 1 each, got {ffn.group_sizes}")

@@ -129,6 +129,8 @@ def _ffn_problems(config: Config) -> list[str]:
     ffn, model, problems = config.ffn, config.model, ffn_problems(config.ffn)
     if not ffn.is_sparse:
         return problems
+    if model.path and ffn.upcycle_from:
+        problems.append("model.path and ffn.upcycle_from both say what the model begins as; give one of them")
     if not model.path:
         if model.arch not in SWIGLU_ARCHITECTURES:
             problems.append(

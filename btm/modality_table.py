@@ -1,4 +1,4 @@
-"""Losses of text and of image tokens apart: what an evaluation of domains with pictures adds to its table."""
+"""Losses of text and of image tokens apart, and what causal routing costs: what such evaluations add to their table."""
 
 import math
 import textwrap
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from btm.records import Evaluation, ModelScores
+from btm.records import TRAINING_ROUTING, Evaluation, ModelScores
 from btm.tables import domain_label, new_table, plain
 
 _WIDTH = 14
@@ -48,6 +48,35 @@ def losses_by_domain(scores: ModelScores) -> dict[str, dict[str, float]]:
         for domain, score in scores.domains.items()
         if score.modalities
     }
+
+
+def routing_gap(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """What causal routing costs a sparse model over the routing of its training, in nats per token.
+
+    Returns:
+        Domain -> ``all`` and each modality -> the difference of the losses; empty for models with one routing.
+    """
+    if not {"sparse", TRAINING_ROUTING} <= evaluation.models.keys():
+        return {}
+    found = {}
+    for domain, causal in evaluation.models["sparse"].domains.items():
+        trained = evaluation.models[TRAINING_ROUTING].domains[domain]
+        pairs = {"all": (causal.perplexity, trained.perplexity)} | {
+            kind: (one.perplexity, trained.modalities[kind].perplexity) for kind, one in causal.modalities.items()
+        }
+        found[domain] = {kind: math.log(left / right) for kind, (left, right) in pairs.items()}
+    return found
+
+
+def routing_sentence(evaluation: Evaluation) -> str:
+    """The gap over the trained domains in words; empty for models with one routing."""
+    gaps = [gap["all"] for domain, gap in routing_gap(evaluation).items() if domain in evaluation.domains]
+    if not gaps:
+        return ""
+    return (
+        f"Routed causally (sparse) the model loses {sum(gaps) / len(gaps):.3f} nats per token against the routing of "
+        f"its training ({TRAINING_ROUTING}), which looks at later tokens; mean over {len(gaps)} domains."
+    )
 
 
 def modality_table(evaluation: Evaluation) -> Table | None:

@@ -5,7 +5,7 @@
 
 With expert layers (``ffn=demix`` and others) one sparse model takes the place of the forest:
 
-    prepare -> sparse, dense -> score/... -> evaluate -> report
+    prepare -> sparse (-> routers), dense -> score/... -> evaluate -> report
 
 and a domain that joins a DEMix model takes the steps ``prepare -> branch -> expert -> grow -> (join)``.
 
@@ -25,6 +25,10 @@ from btm.config_launch import GroupSize
 from btm.config_merge import MergeMethodName
 from btm.config_train import BranchSource
 from btm.errors import ConfigError
+from btm.records import TRAINING_ROUTING
+
+ROUTERS = "routers"
+"""The training of auxiliary routers after their model."""
 
 
 class StepKind(StrEnum):
@@ -89,7 +93,7 @@ class PlanInput:
 
     def size_of(self, name: str, *, more_domains: int = 0) -> ModelSize:
         """Size of the model that the training ``name`` makes, with the experts of ``more_domains`` that joined it."""
-        if name != "sparse":
+        if name not in ("sparse", ROUTERS):
             return self.size
         num_domains = len(self.domains) + more_domains
         return sparse_size(self.size, self.config.ffn, num_domains, is_pretrained=bool(self.config.model.path))
@@ -164,8 +168,19 @@ def plan_evaluation(given: PlanInput) -> list[Step]:
 
 
 def sparse_score_names(config: Config, domains: Sequence[str]) -> list[str]:
-    """What of a sparse model is scored: the model, or the models of the domains where each has its own experts."""
-    return [f"sparse/{domain}" for domain in domains] if config.ffn.layer is FfnLayer.demix else ["sparse"]
+    """What of a sparse model is scored.
+
+    The model with each of its routings, or the models of the domains where each has its own experts.
+    """
+    if config.ffn.layer is FfnLayer.demix:
+        return [f"sparse/{domain}" for domain in domains]
+    return ["sparse", TRAINING_ROUTING] if config.ffn.has_two_routings else ["sparse"]
+
+
+def router_updates(config: Config, updates: Updates) -> int:
+    """Updates of the auxiliary routers after their model; 0 where they learn beside it."""
+    tokens = config.ffn.auxiliary_tokens
+    return max(1, tokens // (updates.batch_sequences * config.train.sequence_length)) if tokens else 0
 
 
 def random_split_names(domains: Sequence[str]) -> list[str]:
@@ -184,13 +199,18 @@ def _sparse_training(given: PlanInput) -> list[Step]:
     """One model takes the whole budget; the dense one beside it starts from scratch, too."""
     updates = given.updates
     names = ["sparse", *(["dense"] if given.config.baselines.dense else [])]
-    return [
+    steps = [
         Step(name="prepare", kind=StepKind.prepare, num_cpus=given.machine.num_cpus),
         *(
             _train_step(given, name, ("prepare",), updates.total, updates.batch_sequences, whole_machine=True)
             for name in names
         ),
     ]
+    if count := router_updates(given.config, updates):
+        routers = _train_step(given, ROUTERS, ("sparse",), count, updates.batch_sequences, whole_machine=True)
+        # The frozen model runs forward only.
+        steps.append(replace(routers, flops=routers.flops / 3))
+    return steps
 
 
 def _sparse_addition(given: PlanInput, domain: str, updates: Updates) -> list[Step]:
@@ -219,7 +239,8 @@ def _sparse_evaluation(given: PlanInput) -> list[Step]:
     names = sparse_score_names(config, given.domains)
     # Where domains have experts of their own, dev documents give the prior over them.
     splits = 2 * count if config.ffn.layer is FfnLayer.demix else count
-    steps = [_score_step(given, f"score/{name}", ("sparse",), splits) for name in names]
+    learned = {"sparse": ROUTERS} if config.ffn.auxiliary_tokens else {}
+    steps = [_score_step(given, f"score/{name}", (learned.get(name, "sparse"),), splits) for name in names]
     if config.baselines.dense:
         steps.append(_score_step(given, "score/dense", ("dense",), count))
     scores = tuple(step.name for step in steps)

@@ -16,6 +16,10 @@ PICTURES_FILE = "pictures.npy"
 """In the directory of a prepared domain with pictures: which document shows which."""
 
 
+TRAINING_ROUTING = "sparse/training_routing"
+"""Row of an evaluation: the sparse model with the routing that it has in training, over the whole batch."""
+
+
 class StoredModel(Model):
     """A record that is stored as one JSON file."""
 

@@ -71,8 +71,8 @@ class TokenSource(Model):
 class Start(Model):
     """Where the weights of a training run come from."""
 
-    kind: Literal["scratch", "weights", "checkpoint"]
-    """scratch: random from the model config; weights: a Hugging Face directory with a fresh optimizer; checkpoint: a run directory of the trainer whose newest checkpoint is continued, optimizer included."""
+    kind: Literal["scratch", "weights", "checkpoint", "upcycle"]
+    """scratch: random from the model config; weights: a Hugging Face directory with a fresh optimizer; checkpoint: a run directory of the trainer whose newest checkpoint is continued, optimizer included; upcycle: a sparse model with one expert per modality, whose experts are copied."""
     path: str | None = None
     sha256: str = ""
     """Of what made the parent, so that a changed parent is noticed."""
@@ -92,6 +92,8 @@ class TrainSpec(SpecModel):
     total_updates: int = Field(ge=1)
     batch_sequences: int = Field(ge=1)
     """Sequences per update over all processes."""
+    first_batch: int = Field(default=0, ge=0)
+    """Updates whose documents were read by the seed of an upcycled model."""
     tokenizer_dir: str
     model: ModelConfig
     ffn: FfnConfig = FfnConfig()
@@ -130,6 +132,8 @@ class ScoreSpec(SpecModel):
     model_dir: str
     model_sha256: str
     """Of the weights, so that stale scores are recognised."""
+    routing: Literal["causal", "training"] = "causal"
+    """training: experts choose over the whole pass, as they do in training (modality-aware layers)."""
     expert: str | None = None
     """Score the dense model of this domain (DEMix)."""
     sources: list[ScoreSource]
@@ -204,6 +208,8 @@ class EvaluateSpec(SpecModel):
     score_results: dict[str, str] = {}
     """Score directory -> hash of the request that its scores answer, so that new scores are noticed."""
     ledgers: dict[str, Ledger] = {}
+    notes: dict[str, str] = {}
+    """Row name -> what a reader must know of it."""
     test_prefixes: dict[str, str] = {}
     """Domain -> test shard, for the posterior traces and the modality of each token."""
     pictured: list[str] = []

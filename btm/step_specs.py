@@ -1,14 +1,15 @@
 """Requests for the workers: one builder per kind of step, from the configuration and the forest as it is now."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from btm.config_ffn import FfnConfig
 from btm.config_merge import MergeMethodName
 from btm.config_train import BranchOptimizer
 from btm.forest import Forest, weights_sha256
-from btm.plan import Step, StepKind, random_split_names
-from btm.records import Ledger, MergeResult, StepResult, TrainResult
+from btm.plan import ROUTERS, Step, StepKind, random_split_names
+from btm.records import TRAINING_ROUTING, Ledger, MergeResult, StepResult, TrainResult
 from btm.requests import (
     EvaluateSpec,
     MergeInput,
@@ -23,7 +24,15 @@ from btm.requests import (
     TrainSpec,
 )
 from btm.step_context import Context
-from btm.step_specs_sparse import expert_train_spec, experts_spec, scored_model, sparse_evaluate_spec
+from btm.step_specs_sparse import (
+    expert_train_spec,
+    experts_spec,
+    routers_train_spec,
+    scored_model,
+    sparse_evaluate_spec,
+    sparse_ffn,
+    upcycled_spec,
+)
 
 
 def build_spec(step: Step, context: Context) -> SpecModel | None:
@@ -73,6 +82,8 @@ def _source(domain: str, split: str, context: Context, *, weight: float = 1.0, p
 def _train_spec(step: Step, context: Context) -> TrainSpec:
     if step.name.startswith("expert/"):
         return expert_train_spec(step, context)
+    if step.name == ROUTERS:
+        return routers_train_spec(_train_spec(replace(step, name="sparse"), context), context)
     config, updates = context.config, context.updates
     start = _start(step, context)
     whole = step.name in ("seed", "dense", "sparse")
@@ -83,7 +94,7 @@ def _train_spec(step: Step, context: Context) -> TrainSpec:
         first, last = 0, updates.seed
     elif start.kind == "weights":
         first, last, total = 0, updates.elm, max(1, updates.elm)
-    return TrainSpec(
+    spec = TrainSpec(
         root=str(context.forest_dir),
         name=step.name,
         output_dir=str(context.run_dir(step.name)),
@@ -96,11 +107,12 @@ def _train_spec(step: Step, context: Context) -> TrainSpec:
         batch_sequences=updates.batch_sequences if whole else updates.elm_batch_sequences,
         tokenizer_dir=str(context.forest_dir / "tokenizer"),
         model=config.model,
-        ffn=config.ffn if step.name == "sparse" else FfnConfig(),
+        ffn=sparse_ffn(config.ffn) if step.name == "sparse" else FfnConfig(),
         train=config.train,
         engine=config.engine,
         seed=config.seed,
     )
+    return upcycled_spec(spec, config.ffn.upcycle_from) if step.name == "sparse" and config.ffn.upcycle_from else spec
 
 
 def _start(step: Step, context: Context) -> Start:
@@ -194,6 +206,7 @@ def _score_spec(step: Step, context: Context) -> ScoreSpec:
         model_dir=str(model_dir),
         model_sha256=sha256,
         expert=expert,
+        routing="training" if name == TRAINING_ROUTING else "causal",
         sources=_score_sources(keys, context),
         output_dir=str(context.forest_dir / "scores" / name),
         sequence_length=config.evaluate.sequence_length or config.train.sequence_length,

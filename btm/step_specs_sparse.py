@@ -5,22 +5,25 @@ Called by :mod:`btm.step_specs`.
 
 from pathlib import Path
 
-from btm.config_ffn import FfnLayer
-from btm.plan import Step, sparse_score_names
-from btm.records import Ledger, StepResult, TrainResult
+from btm.config_ffn import FfnConfig, FfnLayer
+from btm.plan import ROUTERS, Step, router_updates, sparse_score_names
+from btm.records import TRAINING_ROUTING, Ledger, StepResult, TrainResult
 from btm.requests import EvaluateSpec, ScoreSource, Start, TokenSource, TrainSpec
 from btm.sparse_models import DomainExperts, ExpertsResult, ExpertsSpec, SparseModels
 from btm.step_context import Context
+from btm.upcycle_seed import UpcycleSeed
 
 MODELS = ("sparse", "dense")
 """Trainings of such a run."""
+_CAUSAL = "each token is routed by itself (auxiliary routers): what generates"
+_AS_TRAINED = "experts choose among all tokens of a pass, as in training: looks ahead, cannot generate"
 
 
 def scored_model(name: str, context: Context) -> tuple[Path, str, str | None]:
     """The model that a score step reads.
 
     Args:
-        name: ``sparse``, ``sparse/<domain>`` or ``dense``.
+        name: ``sparse``, with either of its routings, ``sparse/<domain>`` or ``dense``.
         context: Of the run.
 
     Returns:
@@ -30,6 +33,10 @@ def scored_model(name: str, context: Context) -> tuple[Path, str, str | None]:
         ForestError: If the domain has left the model.
     """
     model, _, domain = name.partition("/")
+    if name == TRAINING_ROUTING:
+        domain = ""
+    elif name == "sparse" and context.config.ffn.auxiliary_tokens:
+        model = ROUTERS
     if domain:
         models = SparseModels.open(context.forest_dir)
         return models.directory, models.experts(domain).weights, domain
@@ -106,6 +113,51 @@ def expert_train_spec(step: Step, context: Context) -> TrainSpec:
     )
 
 
+def sparse_ffn(ffn: FfnConfig) -> FfnConfig:
+    """Expert layers of the training ``sparse``: without what only its beginning or its auxiliary routers need."""
+    changes: dict[str, object] = {"upcycle_from": None, "auxiliary_tokens": 0}
+    if ffn.auxiliary_tokens:
+        changes["auxiliary_weight"] = 0.0
+    if ffn.is_noisy is None:
+        changes["is_noisy"] = ffn.upcycle_from is not None
+    return ffn.model_copy(update=changes)
+
+
+def upcycled_spec(spec: TrainSpec, path: str) -> TrainSpec:
+    """The training ``spec`` beginning with a model of one expert per modality, behind the documents that it has read.
+
+    Raises:
+        ForestError: If there is no such model at ``path``.
+    """
+    seed = UpcycleSeed.find(path)
+    read = seed.batches_read(spec.sources, spec.batch_sequences * spec.train.sequence_length)
+    start = Start(kind="upcycle", path=str(seed.directory), sha256=seed.sha256)
+    return spec.model_copy(update={"start": start, "first_batch": read})
+
+
+def routers_train_spec(sparse: TrainSpec, context: Context) -> TrainSpec:
+    """Request of ``routers``: the auxiliary routers of the finished model ``sparse`` learn, all else is frozen.
+
+    Args:
+        sparse: Request of that training; the documents come in another order.
+        context: Of the run.
+    """
+    updates = router_updates(context.config, context.updates)
+    changes = {
+        "name": ROUTERS,
+        "output_dir": str(context.run_dir(ROUTERS)),
+        "start": Start(kind="weights", path=str(context.run_dir("sparse") / "model"), sha256=sparse.sha256),
+        "first_update": 0,
+        "last_update": updates,
+        "total_updates": updates,
+        "ffn": sparse.ffn.model_copy(update={"auxiliary_weight": context.config.ffn.auxiliary_weight}),
+        "first_batch": 0,
+        "trains_auxiliary_only": True,
+        "seed": sparse.seed + 1,
+    }
+    return sparse.model_copy(update=changes)
+
+
 def trained_experts(domain: str, context: Context) -> DomainExperts:
     """What the finished step ``expert/<domain>`` made."""
     result = TrainResult.load(context.run_dir(f"expert/{domain}") / "result.json")
@@ -119,7 +171,7 @@ def trained_experts(domain: str, context: Context) -> DomainExperts:
 
 
 def sparse_evaluate_spec(context: Context) -> EvaluateSpec:
-    """Rows ``sparse`` and ``dense``; of a DEMix model also the mixtures of its domains' models.
+    """Rows ``sparse``, with each of its routings, and ``dense``; of DEMix the mixtures of its domains' models, too.
 
     The row ``sparse`` of a DEMix model is with the domain known, so it is absent on domains without experts.
     """
@@ -142,6 +194,7 @@ def sparse_evaluate_spec(context: Context) -> EvaluateSpec:
             for directory in [*directories.values(), *baselines.values()]
         },
         ledgers=_ledgers(context),
+        notes=_notes(config.ffn),
         test_prefixes={domain: context.corpus(domain, "test") for domain in everywhere},
         pictured=[domain for domain in everywhere if context.has_pictures(domain)],
         tokenizer_dir=str(context.forest_dir / "tokenizer"),
@@ -153,6 +206,12 @@ def sparse_evaluate_spec(context: Context) -> EvaluateSpec:
     )
 
 
+def _notes(ffn: FfnConfig) -> dict[str, str]:
+    if ffn.has_two_routings:
+        return {"sparse": _CAUSAL, TRAINING_ROUTING: _AS_TRAINED}
+    return {"sparse": _AS_TRAINED} if ffn.looks_ahead else {}
+
+
 def _ledgers(context: Context) -> dict[str, Ledger]:
     found = {
         name: TrainResult.load(context.run_dir(name) / "result.json").ledger
@@ -162,4 +221,9 @@ def _ledgers(context: Context) -> dict[str, Ledger]:
     if context.config.ffn.layer is FfnLayer.demix:
         later = [experts.ledger for experts in SparseModels.open(context.forest_dir).manifest.experts]
         found["sparse"] = sum(later, start=found["sparse"])
-    return found | {"ensemble": found["sparse"]}
+    if upcycled := context.config.ffn.upcycle_from:
+        found["sparse"] += UpcycleSeed.find(upcycled).ledger
+    found |= {"ensemble": found["sparse"], TRAINING_ROUTING: found["sparse"]}
+    if context.config.ffn.auxiliary_tokens:
+        found["sparse"] += TrainResult.load(context.run_dir(ROUTERS) / "result.json").ledger
+    return found

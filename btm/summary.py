@@ -6,8 +6,8 @@ from typing import Any
 
 from btm.files import write_json
 from btm.forest import Forest, file_hashes
-from btm.modality_table import losses_by_domain
-from btm.records import Evaluation
+from btm.modality_table import losses_by_domain, routing_gap
+from btm.records import TRAINING_ROUTING, Evaluation
 from btm.tables import mean_perplexity
 
 _ADDED_ROW = "ensemble/cached"
@@ -18,6 +18,7 @@ _FOREST_CLAIMS = (
 )
 _SPARSE_CLAIMS = (
     ("the sparse model beats the dense model of equal tokens", "sparse", "dense"),
+    ("routed as in training, it beats the dense model of equal tokens", TRAINING_ROUTING, "dense"),
     ("the mixture of its domains by their posterior beats the dense model", "ensemble/uniform", "dense"),
 )
 
@@ -47,6 +48,8 @@ def write_summary(forest_dir: Path, added: Sequence[str]) -> dict[str, Any]:
     losses = {name: found for name, scores in evaluation.models.items() if (found := losses_by_domain(scores))}
     if losses:
         summary["loss_by_modality"] = losses
+    if gap := routing_gap(evaluation):
+        summary["routing_gap"] = gap
     additions = [_added_domain(forest_dir, evaluation, domain) for domain in added]
     if additions:
         summary["added_domain"] = additions[0] if len(additions) == 1 else additions
@@ -68,7 +71,7 @@ def relations(evaluation: Evaluation) -> list[dict[str, Any]]:
     claims = _SPARSE_CLAIMS if "sparse" in evaluation.models else _FOREST_CLAIMS
     # The averages and ensembles of a single ELM are that ELM: nothing to compare.
     if len(evaluation.domains) < 2:
-        claims = [claim for claim in claims if claim[1] == "sparse"]
+        claims = [claim for claim in claims if claim[1].startswith("sparse")]
     found = []
     for claim, left, right in claims:
         if left in evaluation.models and right in evaluation.models:

@@ -108,6 +108,8 @@ class BatchSampler:
         """
         self.sequence_length = sequence_length
         self.batch_sequences = batch_sequences
+        self.first_batch = 0
+        """Batch of the first update: those before it were read by another run."""
         active = [source for source in sources if source.weight > 0]
         if not active:
             raise DataError("no source of training data has a weight above 0; set data.weights")
@@ -130,7 +132,8 @@ class BatchSampler:
 
     def batch(self, update: int) -> Batch:
         """All sequences of update ``update`` (from 0); the same bits for the same seed and update, always."""
-        source, rank = self._schedule.draw(update * self.batch_sequences, self.batch_sequences)
+        begin = (self.first_batch + update) * self.batch_sequences
+        source, rank = self._schedule.draw(begin, self.batch_sequences)
         shape = (self.batch_sequences, self.sequence_length + 1)
         tokens = np.empty(shape, dtype=np.int64)
         segments = np.empty(shape, dtype=np.int32) if self._has_segments else None

@@ -7,8 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from btm.corpus.windows import Windows
+from btm.model.expert_pass import ExpertPass
 from btm.model.loss import IGNORED, token_losses
 from btm.model.patches import prepare_for_training
+from btm.model.sparse_lm import sparsity_of
 
 
 class TokenDocuments:
@@ -51,10 +53,13 @@ def token_log_likelihoods(model: PreTrainedModel, windows: Windows, *, batch_seq
 def _score(model: PreTrainedModel, windows: Windows, batch_sequences: int) -> np.ndarray:
     logp = np.zeros(windows.targets.shape, dtype=np.float32)
     order = np.argsort(-windows.lengths, kind="stable")
+    is_sparse = sparsity_of(model) is not None
     for start in range(0, len(order), batch_sequences):
         chosen = order[start : start + batch_sequences]
         width = int(windows.lengths[chosen].max())
         inputs = torch.from_numpy(np.ascontiguousarray(windows.inputs[chosen, :width])).to(model.device)
         targets = torch.from_numpy(np.ascontiguousarray(windows.targets[chosen, :width])).to(model.device)
-        logp[chosen, :width] = -token_losses(model, inputs, targets).cpu().numpy()
+        # Padding must not take the places of real tokens where experts choose over the whole pass.
+        experts = ExpertPass(is_real=targets != IGNORED) if is_sparse else None
+        logp[chosen, :width] = -token_losses(model, inputs, targets, experts=experts).cpu().numpy()
     return logp[windows.targets != IGNORED]

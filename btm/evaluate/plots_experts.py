@@ -23,7 +23,9 @@ QUANTITIES = {
     "load_balance": ("load-balancing loss", "loss (1 = balanced)"),
     "z": ("router z-loss", "mean (log-sum-exp)\u00b2"),
     "auxiliary": ("loss of auxiliary routers", "nats per token and expert"),
+    "auxiliary_accuracy": ("auxiliary routers that are right", "share of tokens and experts"),
     "depth_auxiliary": ("loss of auxiliary depth routers", "nats per token"),
+    "depth_accuracy": ("auxiliary depth routers that are right", "share of tokens"),
 }
 """Key in the metrics -> title and unit of its panel."""
 SHARES = ("dropped", "unrouted")

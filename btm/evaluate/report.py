@@ -31,6 +31,7 @@ from btm.evaluate.report_tables import (
 from btm.evaluate.report_verdicts import headline, verdicts
 from btm.evaluate.report_verdicts_compare import Verdict, main_ensemble
 from btm.files import write_atomic
+from btm.modality_table import routing_sentence
 from btm.records import PosteriorTrace
 from btm.tables import format_count, plain
 
@@ -138,6 +139,7 @@ def _perplexity(data: ReportData) -> list[str]:
         ),
         perplexity_table(evaluation),
         modality_table(evaluation),
+        web.paragraph(routing_sentence(evaluation)) if routing_sentence(evaluation) else "",
         web.details("Bits per byte, which models with other tokenizers can be compared by", bits_table(evaluation)),
         web.heading("Comparison by domain"),
         web.figure(

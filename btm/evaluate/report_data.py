@@ -13,7 +13,7 @@ from btm.records import Evaluation, ForestManifest, TrainResult
 from btm.requests import TrainSpec
 
 _Read = TypeVar("_Read")
-_KIND_ORDER = ("seed", "sparse", "dense", "elm", "random")
+_KIND_ORDER = ("seed", "sparse", "routers", "dense", "elm", "random")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,9 @@ def load_report_data(forest_dir: Path) -> ReportData:
 def loss_curves_of(data: ReportData) -> list[Curve]:
     """Training loss of every run over the tokens that its model had read, the seed phase included."""
     begins = _seed_tokens(data)
-    return [_curve(run, [row for row in run.rows if not is_dev_row(row)], "train/loss", begins) for run in data.runs]
+    # Auxiliary routers that learn after their model change nothing of the loss that training sees.
+    runs = [run for run in data.runs if run.name != "routers"]
+    return [_curve(run, [row for row in run.rows if not is_dev_row(row)], "train/loss", begins) for run in runs]
 
 
 def dev_curves_of(data: ReportData) -> dict[str, list[Curve]]:

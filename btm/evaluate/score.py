@@ -88,6 +88,8 @@ def _is_scored(spec: ScoreSpec, source: ScoreSource) -> bool:
 def _request(spec: ScoreSpec, source: ScoreSource) -> str:
     """Hash of all that shapes the numbers; paths do not."""
     shaping = spec.model_dump(mode="json", include={"model_sha256", "sequence_length", "batch_sequences", "dtype"})
+    if spec.routing != "causal":
+        shaping["routing"] = spec.routing
     return sha256_of_json([shaping, source.model_dump(mode="json", exclude={"prefix"})])
 
 
@@ -99,9 +101,12 @@ def _load(spec: ScoreSpec) -> "PreTrainedModel":
     import torch
 
     from btm.model.causal_lm import load_model
+    from btm.model.learning_routers import route_as_in_training
 
     dtype = torch.bfloat16 if spec.dtype == "bf16" else torch.float32
     model = load_model(spec.model_dir, dtype, domain=spec.expert)
+    if spec.routing == "training":
+        route_as_in_training(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # pyright: ignore[reportArgumentType]
 
 

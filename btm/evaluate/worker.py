@@ -118,7 +118,7 @@ def _prior(spec: EvaluateSpec, domain: str) -> torch.Tensor | None:
 
 def _model_scores(row: str, domains: Row, spec: EvaluateSpec) -> ModelScores:
     family, *kind = row.split("/")
-    note = ""
+    note = spec.notes.get(row, "")
     if family == "ensemble":
         note = ", ".join([_NOTES[kind[0]], *(f"{part.replace('-', ' ')} ELMs" for part in kind[1:])])
     elif family == "random_split":

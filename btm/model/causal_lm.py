@@ -18,6 +18,7 @@ from btm.errors import CheckpointError
 from btm.files import directory_in_one_step, write_json
 from btm.model.architecture import transformers_config
 from btm.model.demix import dense_of_domain
+from btm.model.learning_routers import auxiliary_routers, matmul_weights, trains_auxiliary_only
 from btm.model.sparse_lm import inactive_matmul_weights, is_sparse_directory, read_sparse, sparsity_of, write_sparse
 
 _TOKENIZER_FILES = (
@@ -168,7 +169,7 @@ def flops_per_token(model: PreTrainedModel | TransformersConfig, sequence_length
     dimensions, without embedding tables, with the output head once even when it is tied, and of experts only those
     that a token meets), L layers, W heads times head width, T the sequence length. The attention term counts the full
     T x T square, as is usual for reported FLOPs (PaLM, appendix B, https://arxiv.org/abs/2204.02311), although causal
-    attention needs only half of it.
+    attention needs only half of it. A model that only auxiliary routers learn from runs forward, a third of it.
 
     Args:
         model: A causal LM or its transformers config.
@@ -181,7 +182,12 @@ def flops_per_token(model: PreTrainedModel | TransformersConfig, sequence_length
     heads = config.num_attention_heads
     width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
     attention = 12 * config.num_hidden_layers * width * sequence_length
-    return 6.0 * (_num_matmul_weights(model) - inactive_matmul_weights(model)) + attention
+    active = _num_matmul_weights(model) - inactive_matmul_weights(model)
+    if trains_auxiliary_only(model):
+        # Two passes more over these routers; their gradient goes no further.
+        learning = sum(matmul_weights(router) for router in auxiliary_routers(model, with_choice=True))
+        return 2.0 * active + 4.0 * learning + attention / 3
+    return 6.0 * active + attention
 
 
 def _num_matmul_weights(model: PreTrainedModel) -> int:

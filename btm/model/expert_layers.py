@@ -127,7 +127,7 @@ def _modality(ffn: FfnConfig, dense: DenseNetwork, num_domains: int) -> nn.Modul
         width=dense.width,
         hidden_width=expert_width(ffn, dense.hidden_width),
         group_sizes=tuple(ffn.group_sizes),
-        is_noisy=ffn.is_noisy,
+        is_noisy=bool(ffn.is_noisy),
         inference=ffn.inference.value,
         backend=ffn.backend,
     )

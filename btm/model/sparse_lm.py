@@ -23,6 +23,7 @@ from btm.errors import CheckpointError, ConfigError
 from btm.files import write_json
 from btm.model.expert_block import ExpertLayerModule, NoFeedForward, expert_modules, make_expert_block, supply_pass
 from btm.model.expert_layers import DenseNetwork, build_layer
+from btm.model.learning_routers import auxiliary_routers, matmul_weights
 from btm.model.loss import LINEAR_HEADS
 from btm.schema import Model
 from moe_kernels.layers import MixtureOfDepths
@@ -127,7 +128,7 @@ def describe(model: PreTrainedModel, ffn: FfnConfig, domains: Sequence[str]) -> 
 
 
 def inactive_matmul_weights(model: nn.Module) -> int:
-    """Weights of experts that a token does not meet, on average over the tokens."""
+    """Weights that a token does not meet in training, on average over the tokens: experts, idle auxiliary routers."""
     sparsity = sparsity_of(model)
     if sparsity is None:
         return 0
@@ -138,7 +139,9 @@ def inactive_matmul_weights(model: nn.Module) -> int:
         if isinstance(module.layer, MixtureOfDepths):
             share *= module.layer.keep_fraction
         unused += weights * (1 - share)
-    return round(unused)
+    is_learning = sparsity.ffn.auxiliary_weight > 0
+    idle = auxiliary_routers(model, with_choice=False) if is_learning else auxiliary_routers(model)
+    return round(unused) + sum(matmul_weights(router) for router in idle)
 
 
 def is_sparse_directory(directory: Path) -> bool:

@@ -10,12 +10,12 @@ from torch import nn
 from btm.config_ffn import Balance, FfnConfig
 from btm.model.expert_block import expert_modules
 from btm.model.expert_pass import ExpertPass, LayerReport
-from btm.model.learning_routers import DEPTH_LOSS, ROUTER_LOSS
+from btm.model.learning_routers import DEPTH_ACCURACY, DEPTH_LOSS, ROUTER_ACCURACY, ROUTER_LOSS
 from btm.model.sparse_lm import sparsity_of
 from btm.train.ranks import Ranks
 from moe_kernels.losses import BalanceBuffer
 
-LOSSES = ("load_balance", "z", ROUTER_LOSS, DEPTH_LOSS)
+LOSSES = ("load_balance", "z", ROUTER_LOSS, DEPTH_LOSS, ROUTER_ACCURACY, DEPTH_ACCURACY)
 LOSS_WEIGHTS = ("load_balance_weight", "z_weight", "auxiliary_weight")
 """Keys of ``ffn`` that belong to a training rather than to a model."""
 _TOTALS = ("tokens", "dropped", "unrouted")

@@ -17,7 +17,7 @@ from btm.errors import CheckpointError, DataError
 from btm.files import read_json
 from btm.model.causal_lm import build_model, load_model
 from btm.model.demix import freeze_except
-from btm.model.learning_routers import freeze_except_auxiliary
+from btm.model.learning_routers import freeze_except_auxiliary, route_as_in_training
 from btm.model.sparse_lm import add_experts, describe, sparsity_of
 from btm.requests import TrainSpec
 from btm.train.checkpoint import Checkpoint, CheckpointStore, verified
@@ -29,6 +29,7 @@ from btm.train.progress import CheckpointState, Progress, differences
 from btm.train.ranks import Ranks
 from btm.train.torch_engine import TorchEngine
 from btm.train.trainer import Run, Trainer
+from btm.train.upcycling import report_jump, upcycled_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,12 +68,15 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
     progress = progress.model_copy(update={"passes": passes or []})
     if not progress.matmul_peak:
         progress = progress.model_copy(update={"matmul_peak": engine.matmul_peak()})
-    metrics = MetricsFile(output / "metrics.jsonl", last_update=progress.update) if ranks.is_main else None
+    last_row = _NONE if own is None else progress.update
+    metrics = MetricsFile(output / "metrics.jsonl", last_update=last_row) if ranks.is_main else None
     dev = _dev_windows(spec, eos_id)
     run = Run(spec=spec, engine=engine, sampler=sampler, dev=dev, store=store, metrics=metrics, tokenizer_sha256=sha256)
     trainer = Trainer(run, progress, stop_requested)
     if own is not None:
         trainer.mark_saved()
+    elif spec.start.kind == "upcycle" and isinstance(engine, TorchEngine):
+        report_jump(spec, engine, dev, metrics)
     return trainer
 
 
@@ -196,7 +200,7 @@ def _branch(engine: Engine, spec: TrainSpec, sha256: str) -> Progress:
 def _make_sampler(spec: TrainSpec, model: "PreTrainedModel", eos_id: int) -> BatchSampler:
     sparsity = sparsity_of(model)
     is_demix = sparsity is not None and sparsity.ffn.layer is FfnLayer.demix
-    return BatchSampler(
+    sampler = BatchSampler(
         spec.sources,
         sequence_length=spec.train.sequence_length,
         batch_sequences=spec.batch_sequences,
@@ -206,11 +210,15 @@ def _make_sampler(spec: TrainSpec, model: "PreTrainedModel", eos_id: int) -> Bat
         domains=sparsity.domains if sparsity is not None and sparsity.domains else None,
         is_balanced=is_demix,
     )
+    sampler.first_batch = spec.first_batch
+    return sampler
 
 
 def _initial_model(spec: TrainSpec, vocab_size: int, eos_id: int) -> "PreTrainedModel":
     directory = spec.start.path if spec.start.kind == "weights" else spec.model.path
-    if directory:
+    if spec.start.kind == "upcycle":
+        model = upcycled_model(spec, vocab_size)
+    elif directory:
         model = load_model(directory, vocab_size=vocab_size)
     else:
         model = build_model(spec.model, vocab_size=vocab_size, eos_id=eos_id, seed=spec.seed)
@@ -230,13 +238,15 @@ def _initial_model(spec: TrainSpec, vocab_size: int, eos_id: int) -> "PreTrained
         freeze_except(model, spec.trainable_domain)
     if spec.trains_auxiliary_only and not freeze_except_auxiliary(model):
         raise CheckpointError(f"{directory or spec.ffn.layer} has no auxiliary routers; train a model of ffn=modality")
+    if not spec.ffn.auxiliary_weight:
+        route_as_in_training(model)
     return model
 
 
 def _with_modalities(spec: TrainSpec) -> FfnConfig:
     """The expert layers asked for, with the ids at which modalities begin."""
     ffn = spec.ffn
-    if ffn.layer is not FfnLayer.modality or ffn.modality_starts:
+    if ffn.layer is not FfnLayer.modality or ffn.modality_starts or len(ffn.group_sizes) == 1:
         return ffn
     starts = list(modality_starts(spec.tokenizer_dir))
     if len(starts) != len(ffn.group_sizes) - 1:

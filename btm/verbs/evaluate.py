@@ -8,7 +8,7 @@ from btm.config import Config
 from btm.config_ffn import FfnLayer
 from btm.errors import ForestError
 from btm.forest import Forest
-from btm.plan import only_available, plan_evaluation
+from btm.plan import ROUTERS, only_available, plan_evaluation
 from btm.records import Evaluation
 from btm.session import console_for, domain_groups, execute, existing_forest, make_context, plan_input
 from btm.sparse_models import SparseModels
@@ -54,7 +54,7 @@ def measure(config: Config, console: Console) -> None:
     given = plan_input(config, trained, [name for name in others if (prepared / name / "corpus.json").is_file()])
     evaluated = [name for name in given.evaluated if name in owned or name in others]
     steps = [step for step in plan_evaluation(given) if _is_possible(step.name, evaluated)]
-    finished = ["seed", "sparse", "dense", *(f"join/{name}" for name in forest.domains)]
+    finished = ["seed", "sparse", ROUTERS, "dense", *(f"join/{name}" for name in forest.domains)]
     finished += [f"random/{index}" for index in range(len(originals))]
     context = make_context(config, owned, [name for name in evaluated if name not in owned])
     execute(only_available(steps, finished), context, console)

@@ -123,10 +123,13 @@ def _load_trained(forest: Forest, config: Config) -> Any:
     from btm.ensemble.demix import load_demix_ensemble
     from btm.forest_models import trained_length
     from btm.model.causal_lm import load_model
+    from btm.plan import ROUTERS
     from btm.sparse_models import SparseModels
 
     model, _, domain = config.generate.model.replace("ensemble", "sparse").partition("/")
     is_demix = model == "sparse" and config.ffn.layer is FfnLayer.demix
+    if model == "sparse" and config.ffn.auxiliary_tokens:
+        model = ROUTERS
     directory = SparseModels.open(forest.path).directory if is_demix else forest.path / "runs" / model / "model"
     if is_demix and not domain:
         return load_demix_ensemble(directory, config=config.ensemble, sequence_length=trained_length(forest))

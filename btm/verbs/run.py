@@ -106,7 +106,7 @@ def check_disk(steps: Sequence[Step], forest_dir: Path) -> None:
 
 def print_evaluation(config: Config, console: Console) -> None:
     """Print the table of the forest's evaluation, and where the report is."""
-    from btm.modality_table import modality_table
+    from btm.modality_table import modality_table, routing_sentence
     from btm.tables import evaluation_table
 
     forest_dir = Path(config.forest)
@@ -114,4 +114,6 @@ def print_evaluation(config: Config, console: Console) -> None:
     console.print(evaluation_table(evaluation))
     if table := modality_table(evaluation):
         console.print(table)
+    if sentence := routing_sentence(evaluation):
+        console.print(sentence)
     console.print(f"report: {forest_dir / 'report.html'}", soft_wrap=True)

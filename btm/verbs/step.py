@@ -20,7 +20,7 @@ from btm.exported_tasks import check_inputs, open_task, seal
 from btm.files import read_json
 from btm.forest import Forest
 from btm.orchestrator import make_task
-from btm.plan import PlanInput, Step, StepKind, plan_run
+from btm.plan import ROUTERS, PlanInput, Step, StepKind, plan_run
 from btm.plan_table import plan_tables
 from btm.requests import SpecModel
 from btm.session import (
@@ -122,7 +122,8 @@ def selected_steps(given: PlanInput) -> list[Step]:
 
 def trainings(given: PlanInput) -> list[Step]:
     """The trainings that need nothing but the seed, in the order of the plan: the elements of an array job."""
-    return [step for step in plan_run(given) if step.kind is StepKind.train and step.name != "seed"]
+    steps = [step for step in plan_run(given) if step.kind is StepKind.train]
+    return [step for step in steps if step.name not in ("seed", ROUTERS)]
 
 
 def _check_config(config: Config) -> None:

@@ -8,10 +8,9 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from moe_kernels.errors import check_choice, check_range
-from moe_kernels.layers.modality import INFERENCE, AuxiliaryRouter
+from moe_kernels.layers.modality import INFERENCE, AuxiliaryRouter, prediction_loss
 from moe_kernels.layers.routed import flatten_tokens
 from moe_kernels.routers import logits_of
 from moe_kernels.types import LayerOutput, TokenInfo
@@ -73,23 +72,21 @@ class MixtureOfDepths(nn.Module):
         hidden_TD = torch.zeros_like(x_TD).index_add(0, kept_N, result_ND)
         return dataclasses.replace(out, hidden=hidden_TD.view(x.shape))
 
-    def auxiliary_loss(self, x: torch.Tensor, info: TokenInfo | None = None) -> tuple[torch.Tensor, float]:
-        """Binary cross-entropy of the auxiliary router against what this batch keeps; gradients reach it alone.
+    def auxiliary_loss(self, x: torch.Tensor, info: TokenInfo | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Binary cross-entropy of the auxiliary router against what this batch keeps, at least in float32.
+
+        Gradients reach the auxiliary router only.
 
         Args:
             x: Input states of the layer ``(..., D)``.
             info: Padding.
 
         Returns:
-            The loss, a scalar, and the share of real tokens predicted rightly.
+            The loss, and the share of real tokens predicted rightly; both scalars.
         """
         x_TD = flatten_tokens(x, self.width).detach()
         is_real_T = (info or TokenInfo()).real(x_TD.shape[0], x.device)
         with torch.no_grad():
             is_kept_T = torch.zeros_like(is_real_T)
             is_kept_T[self._kept(logits_of(x_TD, self.weight_1D).squeeze(1), is_real_T)] = True
-        logits, target = self.auxiliary(x_TD).squeeze(1)[is_real_T], is_kept_T[is_real_T]
-        if not target.numel():
-            return logits.sum(), 1.0
-        loss = functional.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
-        return loss, float(((logits > 0) == target).double().mean())
+        return prediction_loss(self.auxiliary(x_TD).squeeze(1)[is_real_T], is_kept_T[is_real_T])

@@ -39,6 +39,23 @@ class AuxiliaryRouter(nn.Module):
         return self.outer(functional.silu(self.inner(x_TD)))
 
 
+def prediction_loss(logits_N: torch.Tensor, is_chosen_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Binary cross-entropy of predictions and the share of right ones, threshold 0.5.
+
+    Args:
+        logits_N: Logits ``(N,)`` in any floating dtype; the loss is computed at least in float32.
+        is_chosen_N: What was to be predicted ``(N,)``, boolean.
+
+    Returns:
+        Mean loss and share, scalars; 0 and 1 where there is nothing to predict.
+    """
+    logits_N = logits_N.to(torch.promote_types(logits_N.dtype, torch.float32))
+    if not is_chosen_N.numel():
+        return logits_N.sum(), torch.ones_like(logits_N.sum())
+    loss = functional.binary_cross_entropy_with_logits(logits_N, is_chosen_N.to(logits_N.dtype))
+    return loss, ((logits_N.detach() > 0) == is_chosen_N).to(logits_N.dtype).mean()
+
+
 class ModalityRouter(nn.Module):
     """Expert choice with sigmoid scores inside each modality's group (Lin et al. 2024, https://arxiv.org/abs/2407.21770).
 
@@ -46,6 +63,9 @@ class ModalityRouter(nn.Module):
     expert on average. The score of a token for an expert depends on nothing else; which tokens are chosen, on the
     batch. At inference with ``inference="auxiliary"`` a token goes to the experts of its group whose auxiliary router
     says so, which depends on the token alone.
+
+    An expert that is alone in its group takes all of its tokens with weight 1, whatever the scores: groups of one
+    each are dense networks chosen by modality.
 
     Args:
         width: Model width D.
@@ -70,8 +90,12 @@ class ModalityRouter(nn.Module):
         self.auxiliary = AuxiliaryRouter(width, num_experts)
         modality_E = torch.repeat_interleave(torch.arange(len(group_sizes)), torch.tensor(self.group_sizes))
         self.register_buffer("modality_E", modality_E, persistent=False)
+        is_alone_E = torch.tensor(self.group_sizes)[modality_E] == 1
+        self.register_buffer("is_alone_E", is_alone_E, persistent=False)
+        self.has_choice = max(self.group_sizes) > 1
 
     modality_E: torch.Tensor
+    is_alone_E: torch.Tensor
 
     def _chosen(self, score_TE: torch.Tensor, modality_T: torch.Tensor, is_real_T: torch.Tensor) -> torch.Tensor:
         """Membership ``(T, E)`` by expert choice."""
@@ -102,9 +126,10 @@ class ModalityRouter(nn.Module):
         if self.training and self.is_noisy:
             uniform_TE = torch.rand_like(logits_TE).clamp(1e-6, 1 - 1e-6)
             logits_TE = logits_TE + torch.logit(uniform_TE)
-        score_TE = torch.sigmoid(logits_TE)
+        score_TE = torch.sigmoid(logits_TE).masked_fill(self.is_alone_E, 1.0)
         if not self.training and self.inference == "auxiliary":
-            is_chosen_TE = (self.auxiliary(x_TD) > 0) & self.own_group(modality_T, is_real_T)
+            is_taken_TE = (self.auxiliary(x_TD) > 0) | self.is_alone_E
+            is_chosen_TE = is_taken_TE & self.own_group(modality_T, is_real_T)
         else:
             is_chosen_TE = self._chosen(score_TE.detach(), modality_T, is_real_T)
         token_N, expert_N = is_chosen_TE.nonzero(as_tuple=True)
@@ -117,29 +142,25 @@ class ModalityRouter(nn.Module):
             is_real_T=is_real_T,
         )
 
-    def auxiliary_loss(self, x_TD: torch.Tensor, info: TokenInfo) -> tuple[torch.Tensor, float]:
-        """Binary cross-entropy of the auxiliary routers against expert choice on this batch.
+    def auxiliary_loss(self, x_TD: torch.Tensor, info: TokenInfo) -> tuple[torch.Tensor, torch.Tensor]:
+        """Binary cross-entropy of the auxiliary routers against expert choice on this batch, at least in float32.
 
-        Gradients reach the auxiliary routers only.
+        Gradients reach the auxiliary routers only. Experts that are alone in their group leave nothing to predict.
 
         Args:
             x_TD: Input states of the layer ``(T, D)``.
             info: With ``modality_T``.
 
         Returns:
-            The loss, a scalar, and the share of (token, expert) pairs of one modality predicted rightly.
+            The loss, and the share of (token, expert) pairs of one modality predicted rightly; both scalars.
         """
         x_TD = x_TD.detach()
         modality_T = info.need("modality_T", x_TD.shape[0], len(self.group_sizes)).to(x_TD.device)
         is_real_T = info.real(x_TD.shape[0], x_TD.device)
         with torch.no_grad():
             target_TE = self._chosen(torch.sigmoid(logits_of(x_TD, self.weight_ED)), modality_T, is_real_T)
-        pairs = self.own_group(modality_T, is_real_T)
-        logits, target = self.auxiliary(x_TD)[pairs], target_TE[pairs]
-        if not target.numel():
-            return logits.sum(), 1.0
-        loss = functional.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
-        return loss, float(((logits > 0) == target).double().mean())
+        pairs = self.own_group(modality_T, is_real_T) & ~self.is_alone_E
+        return prediction_loss(self.auxiliary(x_TD)[pairs], target_TE[pairs])
 
 
 class ModalityLayer(RoutedLayer):

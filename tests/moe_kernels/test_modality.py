@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from moe_kernels import ModalityConfig, TokenInfo
+from moe_kernels import ModalityConfig, TokenInfo, check_causality
 from moe_kernels.experts import SwigluFfn
+from moe_kernels.layers.modality import prediction_loss
 
 MODALITY = torch.tensor([0] * 13 + [1] * 8)
 
@@ -58,9 +59,11 @@ def test_one_expert_per_modality_is_two_dense_networks():
     seeds = [SwigluFfn(8, 12).double() for _ in range(2)]
     layer.upcycle({m: (s.w1.weight.t(), s.w3.weight.t(), s.w2.weight.t()) for m, s in enumerate(seeds)})
     x = torch.randn(21, 8, dtype=torch.float64)
-    gate = torch.sigmoid((x * layer.router.weight_ED[MODALITY]).sum(1, keepdim=True))
     expected = torch.where(MODALITY.unsqueeze(1) == 0, seeds[0](x), seeds[1](x))
-    torch.testing.assert_close(layer(x, info_of()).hidden, gate * expected)
+    torch.testing.assert_close(layer(x, info_of()).hidden, expected)
+    torch.testing.assert_close(layer.eval()(x, info_of()).hidden, expected)
+    assert check_causality(lambda states: layer.train()(states, info_of()), x[None]).is_causal, "nothing is chosen"
+    assert layer.router.auxiliary_loss(x, info_of())[0] == 0
     with pytest.raises(ValueError, match="a seed for each modality"):
         layer.upcycle({0: (torch.zeros(8, 12),) * 3})
 
@@ -87,6 +90,31 @@ def test_auxiliary_routers_learn_the_membership_and_move_nothing_else():
         zip(*map(torch.Tensor.tolist, (predicted.token_N, predicted.expert_N)), strict=True)
     )
     assert len(shared) > 0.8 * chosen.token_N.numel()
+
+
+def test_the_choice_of_an_expert_that_is_alone_is_not_predicted():
+    torch.manual_seed(0)
+    layer, x = ModalityConfig(width=8, hidden_width=12, group_sizes=(3, 1)).build(), torch.randn(21, 8)
+    loss, accuracy = layer.router.auxiliary_loss(x, info_of())
+    logits = layer.router.auxiliary(x)[:13, :3]
+    chosen = layer.router(x, info_of())
+    target = torch.zeros(21, 4)
+    target[chosen.token_N, chosen.expert_N] = 1
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, target[:13, :3])
+    torch.testing.assert_close(loss, expected)
+    assert float(accuracy) == pytest.approx(float(((logits > 0) == target[:13, :3].bool()).float().mean()))
+    alone = chosen.expert_N == 3
+    assert torch.equal(chosen.token_N[alone], torch.arange(13, 21))
+    assert torch.equal(chosen.weight_N[alone], torch.ones(8))
+
+
+def test_prediction_losses_of_bf16_logits_are_computed_in_fp32():
+    logits = (4 * torch.randn(2000)).to(torch.bfloat16)
+    target = torch.rand(2000) < 0.25
+    loss, accuracy = prediction_loss(logits, target)
+    assert (loss.dtype, accuracy.dtype) == (torch.float32, torch.float32)
+    exact = torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), target.double())
+    assert float(loss) == pytest.approx(float(exact), rel=1e-5)
 
 
 def test_noise_is_for_training_only():

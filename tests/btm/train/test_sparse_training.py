@@ -25,16 +25,19 @@ from btm.config_ffn import FfnConfig
 from btm.config_model import EngineConfig, ModelConfig
 from btm.config_train import TrainConfig
 from btm.corpus.sampler import Batch, BatchSampler
+from btm.corpus.tokenizer import TextEncoder
 from btm.errors import DataError
 from btm.model.causal_lm import build_model, load_model, save_model
 from btm.model.demix import add_domain
 from btm.model.expert_pass import ExpertPass
-from btm.model.loss import loss_sum
+from btm.model.learning_routers import route_as_in_training
+from btm.model.loss import IGNORED, loss_sum, token_losses
 from btm.model.sparse_lm import add_experts
 from btm.requests import Start, TokenSource
 from btm.train.expert_training import loss_weights
 from btm.train.progress import differences
 from btm.train.ranks import Ranks, joined_ranks
+from btm.train.start import _dev_windows
 from btm.train.torch_engine import TorchEngine
 
 VOCABULARY, SEQUENCES, LENGTH = 61, 6, 10
@@ -285,6 +288,39 @@ def test_auxiliary_routers_learn_after_the_model_and_nothing_else_moves(make_spe
     learnt = [row for row in rows(second) if "train/loss" in row]
     for name in ("auxiliary", "depth_auxiliary"):
         assert learnt[-1][f"experts/0/{name}"] < 0.95 * learnt[0][f"experts/0/{name}"]
+    for name in ("auxiliary_accuracy", "depth_accuracy"):
+        assert 0.5 < learnt[-1][f"experts/0/{name}"] <= 1
+    assert not any("auxiliary" in key for row in rows(first) for key in row), "nothing was learnt of them before"
+    # Without auxiliary routers the model is judged by the routing that it was trained with.
+    route_as_in_training(model)
+    windows = _dev_windows(first, TextEncoder(first.tokenizer_dir).eos_id)["ants"]
+    count, total = first.train.batch_tokens // first.train.sequence_length, 0.0
+    for begin in range(0, len(windows.inputs), count):
+        inputs, targets = (torch.from_numpy(part[begin : begin + count]) for part in (windows.inputs, windows.targets))
+        total += float(token_losses(model, inputs, targets, experts=ExpertPass(is_real=targets != IGNORED)).sum())
+    measured = json.loads((Path(first.output_dir) / "result.json").read_text())["dev_loss"]["ants"]
+    assert measured == pytest.approx(total / len(windows.token_ids), rel=1e-4)
+
+
+def test_killed_training_of_auxiliary_routers_ends_with_the_same_bits(make_spec):
+    ffn = FfnConfig(layer="modality", group_sizes=[2, 2], modality_starts=[130], auxiliary_weight=0)
+    first = make_spec("first", ffn=ffn, last_update=2)
+    assert run(first) == 0
+    changes = {
+        "ffn": ffn.model_copy(update={"auxiliary_weight": 1.0}),
+        "start": Start(kind="weights", path=str(Path(first.output_dir) / "model")),
+        "trains_auxiliary_only": True,
+        "last_update": 100,
+        "total_updates": 100,
+        "checkpoint_every": 4,
+    }
+    plain, killed = make_spec("plain", **changes), make_spec("killed", **changes)
+    assert run(plain) == 0
+    pid = start(killed)
+    wait_for(lambda: last_checkpoint(killed) >= 5)
+    assert kill(pid) == -signal.SIGKILL
+    assert run(killed) == 0
+    assert outcome(killed) == outcome(plain)
 
 
 def test_modalities_are_asked_from_the_tokenizer(make_spec):
