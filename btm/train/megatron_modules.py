@@ -190,6 +190,27 @@ class RotaryAngles(nn.Module):
         return torch.cat([angles, angles], dim=-1)[:, None, None]
 
 
+class FixedRow:
+    """Forward hook of Megatron's embedding: one token's embedding gets no gradient from where it is read.
+
+    Args:
+        token: Its id.
+        part: Number of this process's part of the sequence, and how many parts there are; None has all of it.
+    """
+
+    def __init__(self, token: int, part: tuple[int, int] | None) -> None:
+        self._token = token
+        self._part = part
+
+    def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        """Cut off the gradient of ``output``, [B, T, C] or a part of [T, B, C]."""
+        is_fixed = arguments[0] == self._token
+        if self._part is not None:
+            number, count = self._part
+            is_fixed = is_fixed.t().chunk(count)[number]
+        return torch.where(is_fixed[..., None], output.detach(), output)
+
+
 def residual_sum(training: bool, fused: bool) -> Any:
     """What Megatron asks for the sum of a layer's output, its bias and the residual; there is no dropout."""
     del training, fused

@@ -50,6 +50,8 @@ class GptShape:
     has_feed_forward_bias: bool
     score_scale: float
     """Factor of the attention scores."""
+    padding_token: int | None
+    """Token whose input embedding is not trained, as in transformers."""
 
     def padded_vocabulary(self, tensor_parallel: int) -> int:
         """Rows of the embedding with padding to a multiple of ``tensor_parallel``."""
@@ -75,8 +77,9 @@ def shape_of(model: PreTrainedModel, *, sequence_length: int) -> GptShape:
     norm = QueryKeyNorm.none
     if f"{first}.self_attn.q_norm.weight" in parameters:
         norm = QueryKeyNorm.whole if config.model_type == "olmo2" else QueryKeyNorm.head
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = _head_size(config)
     rotary: Any = model.base_model.rotary_emb
+    embedding: Any = model.get_input_embeddings()
     return GptShape(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -84,7 +87,7 @@ def shape_of(model: PreTrainedModel, *, sequence_length: int) -> GptShape:
         num_groups=config.num_key_value_heads or config.num_attention_heads,
         head_size=head_size,
         intermediate_size=config.intermediate_size,
-        vocabulary=parameters["model.embed_tokens.weight"].shape[0],
+        vocabulary=embedding.weight.shape[0],
         norm_eps=config.rms_norm_eps,
         is_tied="lm_head.weight" not in parameters,
         has_post_norms=f"{first}.input_layernorm.weight" not in parameters,
@@ -94,6 +97,7 @@ def shape_of(model: PreTrainedModel, *, sequence_length: int) -> GptShape:
         has_feed_forward_bias=f"{first}.mlp.down_proj.bias" in parameters,
         # transformers multiplies queries and keys with it; Megatron rotates without.
         score_scale=float(rotary.attention_scaling) ** 2 * head_size**-0.5,
+        padding_token=embedding.padding_idx,
     )
 
 
@@ -143,11 +147,17 @@ def _problems(model: PreTrainedModel, sequence_length: int) -> Iterator[str]:
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:
         yield f"engine=megatron knows the rope types {', '.join(_ROPE_TYPES)}, the model has {rope_type!r}; {_TORCH}"
+    elif 2 * len(frequencies_of(model)) != _head_size(config):
+        yield f"engine=megatron rotates whole heads ({_head_size(config)}), the model a part of each; {_TORCH}"
     if _window(config) < sequence_length:
         yield (
             f"engine=megatron attends to whole sequences, the model to a window of {_window(config)} tokens and "
             f"train.sequence_length is {sequence_length}; make that no longer, or {_TORCH}"
         )
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _window(config: Any) -> float:

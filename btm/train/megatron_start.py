@@ -24,6 +24,7 @@ from btm.errors import TrainingError
 from btm.model.loss import IGNORED
 from btm.train.megatron_modules import (
     CausalAttention,
+    FixedRow,
     LinearOfSpec,
     RmsNorm,
     RotaryAngles,
@@ -147,6 +148,9 @@ class GptLosses(nn.Module):
                 position_embedding_type="rope",
             )
         self.gpt.rotary_pos_emb = RotaryAngles(frequencies.to(device))
+        if shape.padding_token is not None:
+            part = (mesh.tensor_rank, mesh.tensor_size) if is_sequence_parallel else None
+            self.gpt.embedding.word_embeddings.register_forward_hook(FixedRow(shape.padding_token, part))
 
     def logits(self, inputs: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
         """This process's columns of the logits, [B, T, rows / tensor_size]; those of padding are -inf.

@@ -28,10 +28,12 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-biases": {"tie_embeddings": False, "extra": {"attention_bias": True, "mlp_bias": True}},
+    "llama-padding": {"extra": {"pad_token_id": 7}},
     "llama-scaled": {"extra": {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}}},
     "qwen3": {"extra": {"head_dim": 24, **YARN}},
     "olmo2": {"tie_embeddings": False},
     "qwen2": {},
+    "mistral": {"num_kv_heads": 4},
 }
 """Model settings, by architecture and what is special about it."""
 
@@ -207,6 +209,15 @@ def test_every_architecture_in_every_layout(tmp_path, reference, architecture, w
     norms = np.transpose(right["history"])[1]
     assert norms.min() < right["clip"] < norms.max()
     check(ours, right, **FP32)
+
+
+@pytest.mark.slow
+def test_four_processes_with_a_head_and_parts_of_a_padded_vocabulary_each(tmp_path, reference):
+    check(
+        run_layout(tmp_path / "run", 4, architecture="mistral", **megatron(4)),
+        reference(architecture="mistral"),
+        **FP32,
+    )
 
 
 CASES = [

@@ -128,9 +128,10 @@ def test_a_hugging_face_model_trains_here_and_loads_there(make_spec, tmp_path, c
     assert run(reference) == 0, log(reference)
     assert run_group(spec, 2) == [0, 0], log(spec)
     same_curve(spec, reference)
-    trained, right = (
-        AutoModelForCausalLM.from_pretrained(Path(one.output_dir) / "model").eval() for one in (spec, reference)
-    )
+    folder, right_folder = (Path(one.output_dir) / "model" for one in (spec, reference))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in right_folder.iterdir())
+    assert (folder / "config.json").read_text() == (right_folder / "config.json").read_text()
+    trained, right = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, right_folder))
     tokens = torch.arange(16)[None]
     with torch.no_grad():
         logits, right_logits, given = (one(tokens).logits for one in (trained, right, model.eval()))
