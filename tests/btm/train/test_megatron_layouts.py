@@ -28,14 +28,14 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-biases": {"tie_embeddings": False, "extra": {"attention_bias": True, "mlp_bias": True}},
-    "llama-padding": {"extra": {"pad_token_id": 7}},
+    "llama-padding": {"extra": {"pad_token_id": 19}},
     "llama-scaled": {"extra": {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}}},
     "qwen3": {"extra": {"head_dim": 24, **YARN}},
     "olmo2": {"tie_embeddings": False},
     "qwen2": {},
     "mistral": {"num_kv_heads": 4},
 }
-"""Model settings, by architecture and what is special about it."""
+"""Model settings, by architecture and what is special about it; token 19 is in every batch."""
 
 
 def small_model(name: str) -> PreTrainedModel:
