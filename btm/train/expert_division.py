@@ -17,7 +17,8 @@ from btm.train.expert_ranks import ExpertRanks, check_division
 from btm.train.flat import FlatParameters
 from btm.train.ranks import PeerLostError, Ranks
 from btm.train.tensor_file import Tensors
-from moe_kernels.expert_parallel import ExchangeError, ExpertParallelExperts, spread_experts
+from moe_kernels.exchange import ExchangeError
+from moe_kernels.expert_parallel import ExpertParallelExperts, spread_experts
 
 _TRANSPORT = ("gloo", "nccl", "connection", "socket")
 """Words in the errors of a broken connection."""

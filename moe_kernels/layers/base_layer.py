@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_kernels.dispatch import run_experts
-from moe_kernels.expert_parallel import exchange, exchange_counts
+from moe_kernels.exchange import exchange, exchange_counts
 from moe_kernels.experts import ExpertList, ResidualFfnStack
 from moe_kernels.layers.routed import flatten_tokens
 from moe_kernels.routers import BalancedRouter

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import BaseConfig, TokenInfo, TopKConfig
+from moe_kernels.exchange import ExchangeError, exchange
 from moe_kernels.expert_parallel import (
-    ExchangeError,
     ExpertParallelExperts,
     average_gradients,
     clip_gradients,
-    exchange,
     owned_experts,
     spread_experts,
 )
@@ -97,6 +97,28 @@ def test_l1_l3_loss_gradients_and_clip_norm_equal_one_process(world, kind, num_m
         for name, expected in experts.items():
             torch.testing.assert_close(rank_experts[name], expected)
         assert rank_norm == pytest.approx(norm, rel=1e-10)
+
+
+def recomputed(rank, world):
+    """Output, input gradient and expert gradients, with and without running the layer again in the backward pass."""
+    results = []
+    for is_recomputed in (False, True):
+        layer = make_layer("top_k")
+        spread_experts(layer, dist.group.WORLD)
+        x = batch(rank, world, 0).clone().requires_grad_()
+
+        def forward(x, layer=layer):
+            return layer(x).hidden
+
+        out = checkpoint(forward, x, use_reentrant=False) if is_recomputed else forward(x)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *full_gradients(layer).values()])
+    return results
+
+
+def test_l4_activation_checkpointing_changes_nothing(tmp_path):
+    for plain, again in run_processes(recomputed, 2, tmp_path):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain, again, strict=True))
 
 
 def uneven(rank, world):

@@ -7,6 +7,7 @@ loads are balanced globally the reference has all sequences in one pass.
 
 import functools
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from btm.train.expert_passes import order_by_expert, passes_of, passes_of_rank
 from btm.train.ranks import Ranks, joined_ranks
 from btm.train.tensor_file import read_tensors, write_tensors
 from btm.train.torch_engine import TorchEngine
+from moe_kernels import expert_parallel
+from moe_kernels.exchange import exchange
 from moe_kernels.routers import HashRouter
 
 pytestmark = pytest.mark.distributed
@@ -236,6 +239,29 @@ def test_passes_are_whole_for_any_number_of_processes():
         shares = [passes_of_rank(len(sizes), rank, processes) for rank in range(processes)]
         assert [number for share in shares for number in share] == list(range(len(sizes)))
     assert passes_of(8, 4, None) == passes_of(8, 1, 2) == passes_of(8, 2, 2) == [2, 2, 2, 2]
+
+
+def test_tokens_of_a_balanced_demix_batch_stay_where_they_are(tmp_path):
+    def work(rank: int) -> None:
+        sent = []
+
+        def recorded(rows, send, receive, group):
+            sent.append([count for other, count in enumerate(send) if other != rank])
+            return exchange(rows, send, receive, group)
+
+        expert_parallel.exchange = recorded
+        with joined_ranks() as ranks:
+            engine = engine_of("demix", ranks, experts=2)
+            engine.gradients(batch_of(0), random_seed=0, stop_requested=False)
+        (tmp_path / f"{rank}.json").write_text(json.dumps(sent))
+
+    pids = [
+        fork(lambda rank=rank: work(rank), log=tmp_path / "log.txt", env=environment)
+        for rank, environment in enumerate(rank_environments(2, tmp_path / "rendezvous"))
+    ]
+    assert [wait(pid) for pid in pids] == [0, 0], (tmp_path / "log.txt").read_text()
+    # To the experts and back, in two blocks.
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[[0]] * 4] * 2
 
 
 def test_sequences_of_a_domain_go_to_the_process_that_has_its_expert():
