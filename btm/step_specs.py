@@ -132,6 +132,10 @@ def _start(step: Step, context: Context) -> Start:
 
 def _train_sources(name: str, context: Context) -> list[TokenSource]:
     data = context.config.data
+    domain = name.removeprefix("elm/")
+    if name.startswith("elm/") and not data.seed_data_fraction:
+        # Without a look at the others: there may be a thousand, and this is done for each of them.
+        return [_source(domain, "train", context)]
     mixture = [_source(d, "train", context, weight=data.weights.get(d, 1.0)) for d in context.domains]
     if name in ("seed", "dense", "sparse"):
         return mixture
@@ -139,9 +143,7 @@ def _train_sources(name: str, context: Context) -> list[TokenSource]:
         names = random_split_names(context.domains)
         part = Part(index=names.index(name), count=len(names))
         return [source.model_copy(update={"part": part}) for source in mixture]
-    own = _source(name.removeprefix("elm/"), "train", context, weight=1 - data.seed_data_fraction)
-    if not data.seed_data_fraction:
-        return [own]
+    own = _source(domain, "train", context, weight=1 - data.seed_data_fraction)
     total = sum(source.weight for source in mixture)
     shared = [s.model_copy(update={"weight": s.weight / total * data.seed_data_fraction}) for s in mixture]
     others = [source for source in shared if source.domain != own.domain]
