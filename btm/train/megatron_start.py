@@ -148,6 +148,7 @@ class GptLosses(nn.Module):
                 position_embedding_type="rope",
             )
         self.gpt.rotary_pos_emb = RotaryAngles(frequencies.to(device))
+        self.gpt.compute_language_model_loss = self._losses
         if shape.padding_token is not None:
             part = (mesh.tensor_rank, mesh.tensor_size) if is_sequence_parallel else None
             self.gpt.embedding.word_embeddings.register_forward_hook(FixedRow(shape.padding_token, part))
@@ -159,17 +160,23 @@ class GptLosses(nn.Module):
             inputs: int64 [B, T], the same on all tensor-parallel processes.
             segments: int [B, T] document of each token, or None.
         """
-        logits = self.gpt(inputs, None, segments)
-        if self._num_real < logits.shape[-1]:
-            is_padding = torch.arange(logits.shape[-1], device=logits.device) >= self._num_real
-            logits = logits.masked_fill(is_padding, float("-inf"))
-        return logits
+        return self._without_padding(self.gpt(inputs, None, segments))
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
         """Loss of each token, fp32 [B, T] nats, 0 where the target is -100; the same on tensor-parallel processes."""
+        return self.gpt(inputs, None, segments, labels=targets)
+
+    def _losses(self, targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What Megatron's model calls for the loss, with targets [B, T] and logits [T, B, rows / tensor_size]."""
         is_scored = targets != IGNORED
-        losses = self._entropy(self.logits(inputs, segments), targets.masked_fill(~is_scored, 0))
-        return losses * is_scored
+        known = targets.masked_fill(~is_scored, 0).t().contiguous()
+        return self._entropy(self._without_padding(logits), known).t() * is_scored
+
+    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._num_real == logits.shape[-1]:
+            return logits
+        is_padding = torch.arange(logits.shape[-1], device=logits.device) >= self._num_real
+        return logits.masked_fill(is_padding, float("-inf"))
 
 
 @contextlib.contextmanager
