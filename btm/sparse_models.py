@@ -186,6 +186,7 @@ class SparseModels:
 
     def clean(self) -> None:
         """Delete what left the model and what killed commands left behind."""
+        remove_leftovers(self.forest_dir)
         if self.manifest.leaving:
             for domain in self.manifest.leaving:
                 for folder in ("runs/expert", "runs/branch", "runs/grow", "scores/sparse"):

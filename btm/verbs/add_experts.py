@@ -133,6 +133,9 @@ def _check_dtype(config: Config, models: SparseModels) -> None:
 
 def _is_unmeasured(config: Config, domain: str) -> bool:
     """Whether the command that let ``domain`` join was killed before it had measured the new model."""
-    path = Path(config.forest) / "evaluation.json"
+    path, report = Path(config.forest) / "evaluation.json", Path(config.forest) / "report.html"
     was_added = (Path(config.forest) / "runs/expert" / domain / "result.json").is_file()
-    return was_added and not (path.is_file() and domain in Evaluation.load(path).domains)
+    is_measured = path.is_file() and domain in Evaluation.load(path).domains
+    # The report comes last.
+    is_reported = is_measured and report.is_file() and report.stat().st_mtime >= path.stat().st_mtime
+    return was_added and not is_reported

@@ -65,6 +65,14 @@ def test_a_domain_joins_and_the_first_model_stays(forest):
     assert [one.weights for one in SparseModels.open(forest).manifest.experts[:2]] == ["first/ants", "first/bees"]
 
 
+def test_what_a_killed_writer_left_is_deleted(forest):
+    publish(forest, SparseModels.open(forest).with_domain(NEW))
+    for name in (".tmp-experts.json-x", "experts/.tmp-0123"):
+        (forest / name).write_text("{")
+    SparseModels.open(forest).clean()
+    assert not list(forest.rglob(".tmp-*"))
+
+
 def test_everything_of_a_domain_goes_with_it(forest):
     publish(forest, SparseModels.open(forest).with_domain(NEW))
     for folder in ("runs/expert", "runs/branch", "runs/grow", "scores/sparse"):

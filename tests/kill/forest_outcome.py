@@ -20,7 +20,14 @@ def outcome(forest: Path) -> dict[str, Any]:
         name = str(path.relative_to(forest))
         if path.suffix in (".safetensors", ".npy", ".bin", ".idx"):
             found[name] = sha256_of_file(path)
-        elif path.name in ("forest.json", "evaluation.json", "summary.json", "result.json", "prepare.json"):
+        elif path.name in (
+            "forest.json",
+            "experts.json",
+            "evaluation.json",
+            "summary.json",
+            "result.json",
+            "prepare.json",
+        ):
             found[name] = _without_times(json.loads(path.read_text()), forest)
         elif path.name == "metrics.jsonl":
             found[name] = [_without_times(json.loads(line), forest) for line in path.read_text().splitlines()]

@@ -68,7 +68,7 @@ class KilledRun:
     _logs: dict[psutil.Process, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.forest.mkdir(parents=True)
+        self.forest.mkdir(parents=True, exist_ok=True)
         self.log = self.forest.with_name(self.forest.name + ".log")
 
     def run(self) -> None:
@@ -241,6 +241,10 @@ def moment_of(path: Path, forest: Path) -> str | None:
         return "checkpoint"
     if name.startswith(".tmp-forest.json") or (name.startswith(".tmp-") and parts[0] in ("elms", ".tmp-seed")):
         return "manifest"
+    if name.startswith(".tmp-experts.json"):
+        return "manifest"
+    if name.startswith(".tmp-") and parts[0] == "experts":
+        return "result"
     if name.startswith(".tmp-result.json") or name.startswith(".tmp-model-"):
         return "result"
     if name.startswith(".tmp-") and parts[0] == "averages":
@@ -253,6 +257,8 @@ def step_of(path: Path, forest: Path) -> str:
     parts = path.relative_to(forest).parts
     if parts[0] == "averages":
         return "average"
+    if parts[0] == "experts":
+        return "grow"
     if parts[0] == "scores":
         return "score/" + "/".join(parts[1:-1])
     inner = [part for part in parts[1:-1] if part != "checkpoints"]
