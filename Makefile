@@ -52,6 +52,9 @@ lm-eval: $(VENV)/installed-dev $(VENV)/installed-eval ## lm-evaluation-harness o
 bench: $(VENV)/installed-bench ## ratios to named peers, measured in one run each; about 25 minutes
 	$(BIN)/python tests/benchmarks/run_all.py
 
+mixed-modal: $(VENV)/installed-dev ## dense, modality-split and modality-aware models on PICTURES=<folder with captions.jsonl>
+	$(BIN)/python tests/benchmarks/mixed_modal.py $(PICTURES)
+
 format: $(VENV)/installed-dev ## format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -59,4 +62,4 @@ format: $(VENV)/installed-dev ## format and fix
 clean: ## remove caches and outputs
 	rm -rf outputs wandb .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
-.PHONY: help install demo test checks test-slow test-gpu test-slurm kill-test lm-eval bench format clean
+.PHONY: help install demo test checks test-slow test-gpu test-slurm kill-test lm-eval bench mixed-modal format clean
