@@ -31,6 +31,8 @@ class ModelSize:
     """Model width."""
     intermediate_size: int
     """Feed-forward width of the dense network."""
+    num_expert_parameters: int = 0
+    """Weights of all experts of all layers."""
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs (forward and backward) per token: 6 per matmul weight plus attention over the sequence."""
@@ -46,12 +48,17 @@ class ModelSize:
         """Bytes of the finished model on disk."""
         return (4 if dtype is Dtype.fp32 else 2) * self.num_parameters
 
-    def training_bytes(self, dtype: Dtype) -> int:
+    def training_bytes(self, dtype: Dtype, *, expert_parallel: int = 1) -> int:
         """Bytes of memory that one process of the torch engine holds between two updates, activations left out.
 
         fp32 master weights, gradients and two Adam moments; with bf16 also the weights that forward and backward use.
+
+        Args:
+            dtype: Of forward and backward.
+            expert_parallel: Processes that share out the experts.
         """
-        return (16 if dtype is Dtype.fp32 else 18) * self.num_parameters
+        elsewhere = self.num_expert_parameters - -(-self.num_expert_parameters // expert_parallel)
+        return (16 if dtype is Dtype.fp32 else 18) * (self.num_parameters - elsewhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,20 +140,22 @@ def sparse_size(dense: ModelSize, ffn: FfnConfig, num_domains: int, *, is_pretra
         ffn = ffn.model_copy(update={"placement": Placement.inserted if is_pretrained else Placement.in_place})
     stays = ffn.layer is FfnLayer.base and ffn.placement is Placement.inserted
     network = 0 if stays else 3 * dense.hidden_size * dense.intermediate_size
-    all_weights, met = 0, 0.0
+    all_weights, met, of_experts = 0, 0.0, 0
     for place in range(len(ffn.blocks(dense.num_layers))):
         layer = _expert_layer(dense, ffn, num_domains, is_shallow=ffn.depth_fraction is not None and place % 2 == 0)
         all_weights += layer[0] - network
         met += layer[1] - network
+        of_experts += layer[2]
     return replace(
         dense,
         num_parameters=dense.num_parameters + all_weights,
         num_matmul_parameters=dense.num_matmul_parameters + round(met),
+        num_expert_parameters=of_experts,
     )
 
 
-def _expert_layer(dense: ModelSize, ffn: FfnConfig, num_domains: int, *, is_shallow: bool) -> tuple[int, float]:
-    """All weights of one expert layer, and how many of those in matrices a token meets on average."""
+def _expert_layer(dense: ModelSize, ffn: FfnConfig, num_domains: int, *, is_shallow: bool) -> tuple[int, float, int]:
+    """All weights of one expert layer, how many of those in matrices a token meets on average, and the experts' own."""
     width = dense.hidden_size
     inner = expert_width(ffn, dense.intermediate_size)
     experts = {FfnLayer.demix: num_domains, FfnLayer.modality: sum(ffn.group_sizes)}.get(ffn.layer, ffn.num_experts)
@@ -166,7 +175,8 @@ def _expert_layer(dense: ModelSize, ffn: FfnConfig, num_domains: int, *, is_shal
         common += sum(auxiliary * (width + count) for count in outputs) + (width if is_shallow else 0)
         biases = sum(auxiliary + count for count in outputs)
     share = copies_per_token(ffn) / experts * (ffn.depth_fraction or 1.0 if is_shallow else 1.0)
-    return experts * (matrices + vectors) + common + biases, experts * matrices * share + common
+    own = experts * (matrices + vectors)
+    return own + common + biases, experts * matrices * share + common, own
 
 
 def divide_updates(train: TrainConfig, num_elms: int) -> Updates:

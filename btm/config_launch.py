@@ -112,12 +112,13 @@ class LaunchConfig(Model):
         return GroupSize(num_cpus=cpus, num_gpus=gpus, num_processes=processes)
 
 
-def group_problems(launch: LaunchConfig, *, num_processes: int) -> list[str]:
+def group_problems(launch: LaunchConfig, *, num_processes: int, tensor_parallel: int = 1) -> list[str]:
     """List contradictions between the groups, worded for the user.
 
     Args:
         launch: Holds the groups.
         num_processes: ``engine.num_processes``.
+        tensor_parallel: ``engine.tensor_parallel``, which divides the processes of every model.
     """
     problems = []
     owners: dict[str, str] = {}
@@ -135,6 +136,11 @@ def group_problems(launch: LaunchConfig, *, num_processes: int) -> list[str]:
             problems.append(
                 f"{key}.cpus_per_elm must be at least its number of processes ({size.num_processes}), "
                 f"got {size.num_cpus}"
+            )
+        if size and size.num_processes % tensor_parallel:
+            problems.append(
+                f"{key}.num_processes must be a multiple of engine.tensor_parallel ({tensor_parallel}), "
+                f"got {size.num_processes}"
             )
         if size and 0 < size.num_gpus < size.num_processes:
             problems.append(

@@ -176,7 +176,9 @@ def _other_problems(config: Config) -> list[str]:
             f"launch.cpus_per_elm must be at least engine.num_processes ({config.engine.num_processes}), "
             f"got {config.launch.cpus_per_elm}"
         )
-    problems += group_problems(config.launch, num_processes=config.engine.num_processes)
+    problems += group_problems(
+        config.launch, num_processes=config.engine.num_processes, tensor_parallel=config.engine.tensor_parallel
+    )
     processes = max(config.launch.gpus_per_elm, config.engine.num_processes)
     problems += engine_problems(
         config.engine, is_sparse=config.ffn.is_sparse, num_processes=processes, model=config.model

@@ -96,8 +96,8 @@ def _totals_table(steps: Sequence[Step], config: Config, given: PlanInput) -> Ta
         groups_of = sparse.num_processes // size_of_group
         values["experts of a layer"] = f"shared out among {size_of_group} processes, {groups_of} times"
     if config.engine.name is EngineName.torch:
-        # Each data-parallel process holds all of it.
-        memory = format_bytes(size.training_bytes(config.engine.dtype))
+        # Each data-parallel process holds all of it, but for experts that are shared out.
+        memory = format_bytes(size.training_bytes(config.engine.dtype, expert_parallel=config.engine.expert_parallel))
         values["memory of the largest training"] = f"{memory} per process, and what its activations take"
     values["FLOPs"] = format_flops(sum(step.flops for step in steps))
     values["estimated time"] = format_duration(makespan_seconds(steps, given.machine.num_cpus))

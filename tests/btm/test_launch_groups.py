@@ -102,3 +102,10 @@ def test_keys_of_a_group_are_checked_on_the_command_line():
     assert check_overrides(["launch.groups.large.elms=[a]"]) == ["++launch.groups.large.elms=[a]"]
     with pytest.raises(ConfigError, match=r"did you mean launch\.groups\.large\.gpus_per_elm\?"):
         check_overrides(["launch.groups.large.gpu_per_elm=2"])
+
+
+def test_processes_of_a_group_are_a_multiple_of_those_that_share_out_a_layer():
+    engine = {"name": "megatron", "num_processes": 2, "tensor_parallel": 2}
+    launch = {"cpus_per_elm": 2, "groups": {"x": {"elms": ["a"], "cpus_per_elm": 3, "num_processes": 3}}}
+    with pytest.raises(ConfigError, match=r"launch\.groups\.x\.num_processes must be a multiple of .* \(2\), got 3"):
+        configuration({}, launch=launch, engine=engine)

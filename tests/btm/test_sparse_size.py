@@ -27,6 +27,7 @@ LAYERS = [
 @pytest.mark.parametrize("ffn", LAYERS, ids=lambda ffn: "-".join(str(value) for value in ffn.values()))
 def test_the_size_formula_equals_the_real_sparse_model(ffn):
     from btm.model.causal_lm import build_model, flops_per_token
+    from btm.model.expert_block import expert_modules
     from btm.model.sparse_lm import add_experts
 
     config = parse_config({"model": MODEL, "ffn": ffn})
@@ -34,6 +35,8 @@ def test_the_size_formula_equals_the_real_sparse_model(ffn):
     add_experts(model, config.ffn, DOMAINS, seed=0)
     size = sparse_size(model_size(config.model, VOCABULARY), config.ffn, len(DOMAINS))
     assert sum(parameter.numel() for parameter in model.parameters()) == size.num_parameters
+    own = sum(parameter.numel() for module in expert_modules(model) for parameter in module.experts.parameters())
+    assert own == size.num_expert_parameters
     assert flops_per_token(model, 16) == pytest.approx(size.flops_per_token(16), rel=1e-9)
 
 
@@ -53,7 +56,10 @@ def test_a_plan_counts_weights_and_optimizer_state_of_all_experts(dtype):
     assert steps["sparse"].disk_bytes == (12 * keep + stored) * size.num_parameters
     assert steps["dense"].disk_bytes == (12 * keep + stored) * plan.size.num_parameters
     assert steps["sparse"].flops == pytest.approx(steps["dense"].flops, rel=0.05)
-    assert size.training_bytes(Dtype(dtype)) == {"bf16": 18, "fp32": 16}[dtype] * size.num_parameters
+    per_weight = {"bf16": 18, "fp32": 16}[dtype]
+    assert size.training_bytes(Dtype(dtype)) == per_weight * size.num_parameters
+    quarter = size.num_parameters - size.num_expert_parameters * 3 // 4
+    assert size.training_bytes(Dtype(dtype), expert_parallel=4) == per_weight * quarter
 
 
 def test_a_domain_that_joins_costs_one_domain_and_the_model_grows_by_its_experts():
