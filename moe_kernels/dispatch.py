@@ -8,9 +8,11 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
 
 from moe_kernels.errors import check_choice, check_range
-from moe_kernels.experts import SwigluExperts
+from moe_kernels.experts import SwigluExperts, check_rows
+from moe_kernels.native_experts import swiglu_tokens_native
 from moe_kernels.selection import sort_copies
 from moe_kernels.triton_kernels.grouped import swiglu_tokens
 from moe_kernels.triton_kernels.permute import permute, unpermute
@@ -21,7 +23,7 @@ PRIORITIES = ("position", "weight")
 
 
 def order_by_token(token_N: torch.Tensor, num_tokens: int) -> TokenOrder:
-    """Find the copies of each token, without the host.
+    """Find the copies of each token, on CUDA devices without the host.
 
     Args:
         token_N: Token of each copy ``(N,)``, int64.
@@ -30,6 +32,9 @@ def order_by_token(token_N: torch.Tensor, num_tokens: int) -> TokenOrder:
     Returns:
         The copies by token, those of one token in the order of the routing.
     """
+    if token_N.device.type == "cpu":
+        order = sort_copies(token_N, num_tokens)
+        return TokenOrder(copy_N=order.copy_N, start_T1=functional.pad(order.counts_E.cumsum(0), (1, 0)))
     sorted_N, copy_N = torch.sort(token_N, stable=True)
     return TokenOrder(
         copy_N=copy_N, start_T1=torch.searchsorted(sorted_N, torch.arange(num_tokens + 1, device=token_N.device))
@@ -87,7 +92,7 @@ def combine(out_ND: torch.Tensor, dispatched: Dispatch, *, backend: str = "auto"
 
 
 def run_experts(x_TD: torch.Tensor, routing: Routing, experts: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Dispatch, experts, combine. A `SwigluExperts` in Triton reads the token states in place, without gathered rows.
+    """Dispatch, experts, combine. `SwigluExperts` in Triton or native code read the token states in place.
 
     Args:
         x_TD: Token states ``(T, D)``.
@@ -97,6 +102,11 @@ def run_experts(x_TD: torch.Tensor, routing: Routing, experts: Callable[..., tor
     Returns:
         ``(T, D)``, zero for tokens without an expert.
     """
+    if isinstance(experts, SwigluExperts) and not experts.reads_in_place(x_TD) and experts.is_native(x_TD):
+        order = routing.by_expert or sort_copies(routing.expert_N, routing.num_experts)
+        check_rows(routing.token_N, order.counts_E, experts.num_experts)
+        by_token = order_by_token(routing.token_N, routing.num_tokens)
+        return swiglu_tokens_native(x_TD, routing, order, by_token, experts.weights(x_TD.dtype))
     if not (isinstance(experts, SwigluExperts) and experts.reads_in_place(x_TD)):
         dispatched = dispatch(x_TD, routing)
         return combine(experts(dispatched.rows_ND, dispatched.counts_E), dispatched)

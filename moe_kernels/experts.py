@@ -1,4 +1,4 @@
-"""Experts: from rows sorted by expert to rows in the same order. Three backends of one function; modules as experts.
+"""Experts: from rows sorted by expert to rows in the same order. Several backends of one function; modules as experts.
 
 Shapes: E experts, N routed copies, D model width, F feed-forward width.
 """
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from moe_kernels.errors import MoeError, check_choice, check_range
+from moe_kernels.native_experts import is_native, swiglu_rows_native
 from moe_kernels.triton_kernels.grouped import DTYPES, Weights, swiglu_rows
 from moe_kernels.triton_kernels.runtime import use_triton
 
@@ -89,8 +90,8 @@ class SwigluExperts(nn.Module):
         num_experts: E.
         width: Model width D.
         hidden_width: Feed-forward width F.
-        backend: ``loop``, ``grouped_mm``, ``triton``, or ``auto``: Triton on CUDA devices, else grouped_mm where it can
-            take the rows.
+        backend: ``loop``, ``grouped_mm``, ``triton``, or ``auto``: Triton on CUDA devices, else native code where it is
+            the fastest, else grouped_mm where it can take the rows.
 
     Raises:
         MoeError: If a value is out of range.
@@ -111,6 +112,8 @@ class SwigluExperts(nn.Module):
         weights = self.weights(rows_ND.dtype)
         if self.reads_in_place(rows_ND):
             return swiglu_rows(rows_ND, counts_E, weights)
+        if self.is_native(rows_ND):
+            return swiglu_rows_native(rows_ND, counts_E, weights)
         fits = _fits_grouped(rows_ND, weights[0].shape[2])
         if self.backend == "grouped_mm" and rows_ND.shape[0] and not fits:
             raise MoeError(
@@ -125,6 +128,10 @@ class SwigluExperts(nn.Module):
     def weights(self, dtype: torch.dtype) -> Weights:
         """The three stacks in a dtype."""
         return self.w1_EDF.to(dtype), self.w3_EDF.to(dtype), self.w2_EFD.to(dtype)
+
+    def is_native(self, x: torch.Tensor) -> bool:
+        """Whether native code does the work on such states, see `moe_kernels.native_experts`."""
+        return self.backend == "auto" and is_native(x, self.w1_EDF.shape[2])
 
     def reads_in_place(self, x: torch.Tensor) -> bool:
         """Whether Triton does the work on such states, so that they need not be gathered first."""
