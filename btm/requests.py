@@ -134,6 +134,8 @@ class ScoreSpec(SpecModel):
     """Of the weights, so that stale scores are recognised."""
     routing: Literal["causal", "training"] = "causal"
     """training: experts choose over the whole pass, as they do in training (modality-aware layers)."""
+    pass_tokens: int | None = None
+    """Tokens of a forward pass with that routing: those of one in training."""
     expert: str | None = None
     """Score the dense model of this domain (DEMix)."""
     sources: list[ScoreSource]

@@ -31,6 +31,7 @@ from btm.step_specs_sparse import (
     scored_model,
     sparse_evaluate_spec,
     sparse_ffn,
+    training_pass_tokens,
     upcycled_spec,
 )
 
@@ -202,13 +203,15 @@ def _score_spec(step: Step, context: Context) -> ScoreSpec:
     else:
         result = TrainResult.load(context.run_dir(name) / "result.json")
         model_dir, sha256 = context.run_dir(name) / "model", result.spec_sha256
+    as_trained = name == TRAINING_ROUTING or (name == "sparse" and config.ffn.looks_ahead)
     return ScoreSpec(
         root=str(context.forest_dir),
         name=name,
         model_dir=str(model_dir),
         model_sha256=sha256,
         expert=expert,
-        routing="training" if name == TRAINING_ROUTING else "causal",
+        routing="training" if as_trained else "causal",
+        pass_tokens=training_pass_tokens(context) if as_trained else None,
         sources=_score_sources(keys, context),
         output_dir=str(context.forest_dir / "scores" / name),
         sequence_length=config.evaluate.sequence_length or config.train.sequence_length,

@@ -158,6 +158,12 @@ def routers_train_spec(sparse: TrainSpec, context: Context) -> TrainSpec:
     return sparse.model_copy(update=changes)
 
 
+def training_pass_tokens(context: Context) -> int:
+    """Tokens among which experts choose in one forward pass of a training on one process."""
+    sequences = context.config.train.micro_batch_sequences or context.updates.batch_sequences
+    return min(sequences, context.updates.batch_sequences) * context.config.train.sequence_length
+
+
 def trained_experts(domain: str, context: Context) -> DomainExperts:
     """What the finished step ``expert/<domain>`` made."""
     result = TrainResult.load(context.run_dir(f"expert/{domain}") / "result.json")

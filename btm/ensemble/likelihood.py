@@ -28,34 +28,37 @@ class TokenDocuments:
         self.bytes = np.zeros(len(documents), dtype=np.int64)
 
 
-def token_log_likelihoods(model: PreTrainedModel, windows: Windows, *, batch_sequences: int) -> np.ndarray:
+def token_log_likelihoods(
+    model: PreTrainedModel, windows: Windows, *, batch_sequences: int, pass_tokens: int | None = None
+) -> np.ndarray:
     """Score every target of ``windows`` under ``model``.
 
-    Windows of similar length share a batch, which is cut to its longest window. The batches depend on the windows and
-    on ``batch_sequences`` alone, so that the same request gives the same bits. The model runs on the fast paths of
-    :mod:`btm.model.patches` for the time of this call only: later generation with a KV cache is untouched.
+    Windows of similar length share a batch, which is cut to its longest window; with ``pass_tokens`` a batch is a
+    random sample of that size. The batches depend on the windows and on these numbers alone, so that the same request
+    gives the same bits. The model runs on the fast paths of :mod:`btm.model.patches` for the time of this call only:
+    later generation with a KV cache is untouched.
 
     Args:
         model: A causal LM, on any one device.
         windows: Windows of documents; see :func:`btm.corpus.windows.document_windows`.
         batch_sequences: Windows per forward pass.
+        pass_tokens: Tokens per forward pass instead, for experts that choose among all of a pass: they find the mixture
+            that they know from training in passes of the same size alone.
 
     Returns:
         Log-probabilities in nats, float32, all documents' tokens one after the other: ``(tokens,)``.
     """
     prepared = prepare_for_training(model, model.device)
     try:
-        return _score(model, windows, batch_sequences)
+        return _score(model, windows, _passes(windows.lengths, batch_sequences, pass_tokens))
     finally:
         prepared.undo()
 
 
-def _score(model: PreTrainedModel, windows: Windows, batch_sequences: int) -> np.ndarray:
+def _score(model: PreTrainedModel, windows: Windows, passes: Sequence[np.ndarray]) -> np.ndarray:
     logp = np.zeros(windows.targets.shape, dtype=np.float32)
-    order = np.argsort(-windows.lengths, kind="stable")
     is_sparse = sparsity_of(model) is not None
-    for start in range(0, len(order), batch_sequences):
-        chosen = order[start : start + batch_sequences]
+    for chosen in passes:
         width = int(windows.lengths[chosen].max())
         inputs = torch.from_numpy(np.ascontiguousarray(windows.inputs[chosen, :width])).to(model.device)
         targets = torch.from_numpy(np.ascontiguousarray(windows.targets[chosen, :width])).to(model.device)
@@ -63,3 +66,15 @@ def _score(model: PreTrainedModel, windows: Windows, batch_sequences: int) -> np
         experts = ExpertPass(is_real=targets != IGNORED) if is_sparse else None
         logp[chosen, :width] = -token_losses(model, inputs, targets, experts=experts).cpu().numpy()
     return logp[windows.targets != IGNORED]
+
+
+def _passes(lengths: np.ndarray, batch_sequences: int, pass_tokens: int | None) -> list[np.ndarray]:
+    """Numbers of the windows of each forward pass; every window once."""
+    if pass_tokens is None:
+        order = np.argsort(-lengths, kind="stable")
+        return [order[start : start + batch_sequences] for start in range(0, len(order), batch_sequences)]
+    order = np.random.default_rng(len(lengths)).permutation(len(lengths))
+    total = int(lengths.sum())
+    count = max(1, round(total / pass_tokens))
+    place = np.minimum((np.cumsum(lengths[order]) - 1) * count // max(1, total), count - 1)
+    return [part for number in range(count) if len(part := order[place == number])]

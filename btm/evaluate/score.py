@@ -89,7 +89,7 @@ def _request(spec: ScoreSpec, source: ScoreSource) -> str:
     """Hash of all that shapes the numbers; paths do not."""
     shaping = spec.model_dump(mode="json", include={"model_sha256", "sequence_length", "batch_sequences", "dtype"})
     if spec.routing != "causal":
-        shaping["routing"] = spec.routing
+        shaping |= {"routing": spec.routing, "pass_tokens": spec.pass_tokens}
     return sha256_of_json([shaping, source.model_dump(mode="json", exclude={"prefix"})])
 
 
@@ -126,7 +126,7 @@ def _score_split(model: "PreTrainedModel", spec: ScoreSpec, source: ScoreSource)
         max_tokens=source.max_tokens,
         max_documents=source.max_documents,
     )
-    logp = token_log_likelihoods(model, windows, batch_sequences=spec.batch_sequences)
+    logp = token_log_likelihoods(model, windows, batch_sequences=spec.batch_sequences, pass_tokens=spec.pass_tokens)
     scores = Scores(logp, windows.document_starts, windows.document_bytes)
     save_scores(_path(spec, source), scores, _request(spec, source))
 
