@@ -16,7 +16,7 @@ from btm.exported_tasks import (
     portable_spec,
     request_differences,
 )
-from btm.files import directory_in_one_step, exclusive_lock, sha256_of_file
+from btm.files import directory_in_one_step, exclusive_lock, remove_leftovers, sha256_of_file
 from btm.forest import Forest
 from btm.merge.model_files import open_model
 from btm.plan import Step, StepKind
@@ -50,6 +50,7 @@ def main(config: Config) -> None:
         if task.elm in forest.domains:
             raise ForestError(f"the forest {config.forest} already has an ELM {task.elm!r}; remove it first")
         step, spec, context = checked(config, task, directory, forest)
+        forest.clean()
         with exclusive_lock(context.run_dir(step.name) / ".lock", wait=False):
             _place(task, directory, spec, context.run_dir(step.name))
         register(Step(name=f"join/{task.elm}", kind=StepKind.joining), context)
@@ -146,6 +147,7 @@ def _check_weights(files: Sequence[Path], checkpoint: Path, spec: TrainSpec) -> 
 def _place(task: ExportedTask, directory: Path, spec: TrainSpec, run_dir: Path) -> None:
     """Put the training where it would lie had it been done here, in one step."""
     trained = directory / "runs" / task.step
+    remove_leftovers(run_dir.parent)
     with directory_in_one_step(run_dir) as folder:
         for name in _TAKEN_OVER:
             if (trained / name).is_dir():

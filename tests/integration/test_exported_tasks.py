@@ -1,5 +1,6 @@
 """`btm export-task`, `btm step <directory>`, `btm import`: an ELM is trained where its forest is not, and joins it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -261,3 +262,45 @@ def test_inputs_are_checked_before_training(exported):
         step.main(parse_config({"task": str(task)}))
     assert not (task / TRAINED_FILE).exists()
     assert isinstance(ExportedTask.load(task / TASK_FILE), ExportedTask)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_any_change_of_the_forest_it_has_joined_or_not_and_the_same_command_ends_it(trained, monkeypatch):
+    own, task, forest = trained
+    start = own.with_name("start")
+    shutil.copytree(own, start)
+    expected = Forest.open(forest).elm("code").files
+    outcomes = set()
+    for limit in range(100):
+        shutil.rmtree(own)
+        shutil.copytree(start, own)
+        calls = [0]
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "replace"), (os, "rename"), (os, "link"), (shutil, "rmtree")):
+                patch.setattr(module, name, _counted(getattr(module, name), calls, limit))
+            with contextlib.suppress(Killed):
+                import_into(own, task)
+        now = Forest.open(own)
+        assert now.damages() == []
+        outcomes.add(tuple(now.domains))
+        if now.domains == ["docs"]:
+            import_into(own, task)
+        assert Forest.open(own).elm("code").files == expected
+        assert now.domains != ["docs"] or not list(own.rglob(".tmp-*"))
+        if calls[0] <= limit:
+            break
+    assert 5 < limit < 99
+    assert outcomes == {("docs",), ("code", "docs")}
+
+
+def _counted(function, calls, limit):
+    def call(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] > limit:
+            raise Killed
+        return function(*args, **kwargs)
+
+    return call
