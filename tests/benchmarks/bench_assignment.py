@@ -14,6 +14,7 @@ import time
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from speed_table import Line, close
 
 from moe_kernels import assign_balanced, solve_assignment
 
@@ -83,23 +84,35 @@ def bench_case(kind: str, num_tokens: int, num_experts: int, repeats: int) -> di
     return row
 
 
-def bench_published(shapes, repeats: int) -> None:
+def bench_published(shapes, repeats: int) -> list[Line]:
     """The table of ordinary scores."""
+    lines = []
     print("       T x E   kind  exact ms   goal  auction ms  ratio  total %  warm ms")
     for num_tokens, num_experts in shapes:
+        rows, goal = list[dict[str, float]](), GOAL_MS[num_tokens, num_experts]
         for kind in KINDS:
             row = bench_case(kind, num_tokens, num_experts, repeats)
-            goal = GOAL_MS[num_tokens, num_experts]
+            rows.append(row)
             print(
                 f"{num_tokens:>7} x {num_experts:<3}{kind:>6} {row['exact']:9.2f} {goal:6.1f} "
                 f"{row['auction']:11.1f} {row['auction'] / row['exact']:6.1f} {row['share']:8.3f} {row['warm']:8.2f}"
                 f"  ({row['warm_sweeps']:.0f} sweeps)",
                 flush=True,
             )
+        shape = f"{num_tokens} x {num_experts}"
+        ratio, slowest = min(row["auction"] / row["exact"] for row in rows), max(row["exact"] for row in rows)
+        sweeps = max(row["warm_sweeps"] for row in rows)
+        lines += [
+            Line(what=f"exact assignment {shape}, auction / ours, worst kind", figure=ratio, floor=5.0, goal=20.0),
+            Line(what=f"exact assignment {shape}, slowest kind", figure=slowest, goal=goal, at_most=True, unit="ms"),
+            Line(what=f"warm assignment {shape}, sweeps", figure=sweeps, goal=5.0, at_most=True),
+        ]
+    return lines
 
 
-def bench_hard(num_tokens: int, num_experts: int, repeats: int) -> None:
+def bench_hard(num_tokens: int, num_experts: int, repeats: int) -> Line:
     """Worst inputs against the typical one."""
+    ratios = []
     iid_TE = make_scores("iid", num_tokens, num_experts)
     typical = min(timed(lambda: assign_balanced(iid_TE))[0] for _ in range(repeats))
     for kind in HARD_KINDS:
@@ -109,6 +122,8 @@ def bench_hard(num_tokens: int, num_experts: int, repeats: int) -> None:
             f"{num_tokens:>7} x {num_experts:<3} {kind:>14}: {worst:8.2f} ms, {worst / typical:.1f} times iid",
             flush=True,
         )
+        ratios.append(worst / typical)
+    return Line(what="worst input of the assignment / typical", figure=max(ratios), goal=3.0, at_most=True)
 
 
 def bench_scipy(num_tokens: int, num_experts: int) -> None:
@@ -130,10 +145,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats (default 5)")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.2f} before")
-    bench_published(SHAPES[:2] if options.quick else SHAPES, options.repeats)
-    bench_hard(*((4096, 64) if options.quick else (65536, 128)), options.repeats)
+    lines = bench_published(SHAPES[:2] if options.quick else SHAPES, options.repeats)
+    lines.append(bench_hard(*((4096, 64) if options.quick else (65536, 128)), options.repeats))
     bench_scipy(2048, 8)
     print(f"load average {os.getloadavg()[0]:.2f} after")
+    close(lines)
 
 
 if __name__ == "__main__":
