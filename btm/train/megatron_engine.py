@@ -25,9 +25,10 @@ from btm.model.causal_lm import flops_per_token, num_parameters, save_model
 from btm.train.deepspeed_start import naming_lost_peers
 from btm.train.engine import DevLoss, Gradients, TensorFiles
 from btm.train.megatron_flat import MOMENTS, FlatSlice
+from btm.train.megatron_gpt import GptLosses
 from btm.train.megatron_mapping import Entry, entries_of, join, missing_names, split
 from btm.train.megatron_shape import check_division, frequencies_of, shape_of
-from btm.train.megatron_start import GptLosses, answering_for_cuda, join_mesh
+from btm.train.megatron_start import answering_for_cuda, join_mesh
 from btm.train.peak import matmul_peak_of
 from btm.train.ranks import Ranks
 

@@ -4,10 +4,10 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from btm.train import megatron_start
 from btm.train.megatron_engine import MegatronEngine
+from btm.train.megatron_start import imported
 
 for name in ("models.gpt", "parallel_state", "tensor_parallel", "transformer"):
-    megatron_start._imported(f"megatron.core.{name}")
+    imported(f"megatron.core.{name}")
 
 __all__ = ["MegatronEngine"]

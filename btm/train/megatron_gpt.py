@@ -1,0 +1,177 @@
+"""Megatron-Core's ``GPTModel`` for one process, and the loss over a vocabulary that is shared out.
+
+The model is built from the layers of Megatron's that run everywhere and from :mod:`btm.train.megatron_modules`; with a
+GPU and Transformer Engine installed, linear layers and attention are that library's.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from btm.model.loss import IGNORED
+from btm.train.megatron_modules import (
+    CausalAttention,
+    FixedRow,
+    LinearOfSpec,
+    RmsNorm,
+    RotaryAngles,
+    SwiGlu,
+    WholeNorm,
+    residual_sum,
+)
+from btm.train.megatron_shape import GptShape, QueryKeyNorm
+from btm.train.megatron_start import Mesh, imported, quiet
+
+
+class GptLosses(nn.Module):
+    """Megatron's ``GPTModel`` and the loss of every token as one module; its parameters hold no values yet."""
+
+    def __init__(
+        self,
+        shape: GptShape,
+        mesh: Mesh,
+        *,
+        frequencies: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        is_sequence_parallel: bool = False,
+    ) -> None:
+        """Build this process's part of the model, on the CPU.
+
+        Args:
+            shape: Of the model; divisible by the tensor-parallel processes.
+            mesh: From :func:`join_mesh`.
+            frequencies: Of the rotary embedding, ``(head_size / 2,)``.
+            dtype: Of the parameters.
+            device: Where the model will run; decides which layers are taken.
+            is_sequence_parallel: Share out norms and residuals along the sequence.
+        """
+        super().__init__()
+        transformer_config = imported("megatron.core.transformer").TransformerConfig
+        self._entropy = imported("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
+        rows = shape.padded_vocabulary(mesh.tensor_size)
+        per_rank = rows // mesh.tensor_size
+        self._num_real = min(per_rank, max(0, shape.vocabulary - mesh.tensor_rank * per_rank))
+        with quiet():
+            config = transformer_config(
+                num_layers=shape.num_layers,
+                hidden_size=shape.hidden_size,
+                num_attention_heads=shape.num_heads,
+                num_query_groups=shape.num_groups,
+                kv_channels=shape.head_size,
+                ffn_hidden_size=shape.intermediate_size,
+                layernorm_epsilon=shape.norm_eps,
+                normalization="RMSNorm",
+                activation_func=functional.silu,
+                gated_linear_unit=True,
+                use_te_activation_func=True,  # takes the activation module of the specification, whoever wrote it
+                add_bias_linear=False,  # LinearOfSpec decides
+                hidden_dropout=0.0,
+                attention_dropout=0.0,
+                softmax_scale=shape.score_scale,
+                tensor_model_parallel_size=mesh.tensor_size,
+                sequence_parallel=is_sequence_parallel,
+                use_cpu_initialization=True,
+                perform_initialization=False,
+                params_dtype=dtype,
+                bf16=dtype is torch.bfloat16,
+                deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+            )
+            self.gpt = imported("megatron.core.models.gpt").GPTModel(
+                config=config,
+                transformer_layer_spec=_block_spec(shape, mesh, device),
+                vocab_size=rows,
+                max_sequence_length=1,  # of learned positions, which there are not
+                share_embeddings_and_output_weights=shape.is_tied,
+                position_embedding_type="rope",
+            )
+        self.gpt.rotary_pos_emb = RotaryAngles(frequencies.to(device))
+        self.gpt.compute_language_model_loss = self._losses
+        if shape.padding_token is not None:
+            part = (mesh.tensor_rank, mesh.tensor_size) if is_sequence_parallel else None
+            self.gpt.embedding.word_embeddings.register_forward_hook(FixedRow(shape.padding_token, part))
+
+    def logits(self, inputs: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
+        """This process's columns of the logits, [B, T, rows / tensor_size]; those of padding are -inf.
+
+        Args:
+            inputs: int64 [B, T], the same on all tensor-parallel processes.
+            segments: int [B, T] document of each token, or None.
+        """
+        return self._without_padding(self.gpt(inputs, None, segments))
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+        """Loss of each token, fp32 [B, T] nats, 0 where the target is -100; the same on tensor-parallel processes."""
+        return self.gpt(inputs, None, segments, labels=targets)
+
+    def _losses(self, targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What Megatron's model calls for the loss, with targets [B, T] and logits [T, B, rows / tensor_size]."""
+        is_scored = targets != IGNORED
+        known = targets.masked_fill(~is_scored, 0).t().contiguous()
+        return self._entropy(self._without_padding(logits), known).t() * is_scored
+
+    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._num_real == logits.shape[-1]:
+            return logits
+        is_padding = torch.arange(logits.shape[-1], device=logits.device) >= self._num_real
+        return logits.masked_fill(is_padding, float("-inf"))
+
+
+def _block_spec(shape: GptShape, mesh: Mesh, device: torch.device) -> Any:
+    layers = imported("megatron.core.transformer.transformer_layer")
+    attention = imported("megatron.core.transformer.attention")
+    mlp = imported("megatron.core.transformer.mlp")
+    block = imported("megatron.core.transformer.transformer_block")
+    mask = imported("megatron.core.transformer.enums").AttnMaskType
+    spec: Any = imported("megatron.core.transformer.spec_utils").ModuleSpec
+    identity = imported("megatron.core.transformer.identity_op").IdentityOp
+    column, row, fused = _backend(device)
+
+    def linear(kind: type[nn.Module], has_bias: bool, has_norm: bool = False) -> Any:
+        return spec(LinearOfSpec, params={"linear": kind, "has_bias": has_bias, "has_norm": has_norm})
+
+    def head_norm(num_heads: int) -> Any:
+        if shape.query_key_norm is QueryKeyNorm.whole:
+            own = num_heads // mesh.tensor_size
+            return spec(WholeNorm, params={"num_heads": own, "group": mesh.tensor_group})
+        return None if shape.query_key_norm is QueryKeyNorm.none else RmsNorm
+
+    norm = identity if shape.has_post_norms else RmsNorm
+    self_attention = attention.SelfAttentionSubmodules(
+        linear_qkv=linear(column, shape.has_qkv_bias),
+        core_attention=spec(CausalAttention, params={"fused": fused}),
+        linear_proj=linear(row, shape.has_projection_bias, shape.has_post_norms),
+        q_layernorm=head_norm(shape.num_heads),
+        k_layernorm=head_norm(shape.num_groups),
+    )
+    feed_forward = mlp.MLPSubmodules(
+        linear_fc1=linear(column, shape.has_feed_forward_bias),
+        activation_func=SwiGlu,
+        linear_fc2=linear(row, shape.has_feed_forward_bias, shape.has_post_norms),
+    )
+    layer = layers.TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=spec(attention.SelfAttention, params={"attn_mask_type": mask.causal}, submodules=self_attention),
+        self_attn_bda=residual_sum,
+        pre_mlp_layernorm=norm,
+        mlp=spec(mlp.MLP, submodules=feed_forward),
+        mlp_bda=residual_sum,
+    )
+    return block.TransformerBlockSubmodules(
+        layer_specs=[spec(layers.TransformerLayer, submodules=layer)] * shape.num_layers, layer_norm=RmsNorm
+    )
+
+
+def _backend(device: torch.device) -> tuple[type[nn.Module], type[nn.Module], type[nn.Module] | None]:
+    """Column-parallel and row-parallel linear layer, and fused attention where there is one."""
+    if device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
+        if torch.are_deterministic_algorithms_enabled():
+            os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        engine = imported("megatron.core.extensions.transformer_engine")
+        return engine.TEColumnParallelLinear, engine.TERowParallelLinear, engine.TEDotProductAttention
+    layers = imported("megatron.core.tensor_parallel")
+    return layers.ColumnParallelLinear, layers.RowParallelLinear, None
