@@ -42,7 +42,7 @@ def join_mesh(ranks: Ranks, tensor_parallel: int) -> Mesh:
     # Exchanges have other names in newer versions of torch; the other advice is about CUDA.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     if ranks.device.type == "cpu":
-        warnings.filterwarnings("ignore", message="When using async grad allreduce")
+        warnings.filterwarnings("ignore", message="When using .* recommended to set the environment")
     if not dist.is_initialized():
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
