@@ -14,7 +14,7 @@ class Repair {
     Repair(const Rows<Score>& rows, std::vector<double>& price, Best<Score>& best, const std::vector<int64_t>& load)
         : rows_(rows), experts_(rows.experts), nodes_(rows.experts + 1), price_(price), owner_(best.first), load_(load),
           cost_(nodes_ * nodes_, kFar), cut_(nodes_ * nodes_, kFar), head_(nodes_ * nodes_, -1), heap_(experts_ * experts_),
-          members_(experts_), place_(rows.tokens), distance_(nodes_), key_(nodes_), trial_(nodes_), from_(nodes_) {
+          members_(experts_), place_(rows.tokens), distance_(nodes_), key_(nodes_), trial_(nodes_), from_(nodes_), num_refills_(experts_, 0) {
         floor_ = rows.tokens / experts_;
         hub_room_ = rows.tokens % experts_;
         open_hub();
@@ -41,6 +41,7 @@ class Repair {
         int32_t token;
         bool operator<(const Entry& other) const { return cost != other.cost ? cost > other.cost : token > other.token; }
     };
+    static constexpr int32_t kManyRefills = 8;
     static constexpr double kFar = std::numeric_limits<double>::infinity();
 
     int64_t arc(int64_t a, int64_t b) const { return a * nodes_ + b; }
@@ -139,6 +140,31 @@ class Repair {
         refresh(a, b);
     }
 
+    // Finds the cheapest token of every arc out of `a` whose list ran out, in one pass over its members.
+    void survey(int64_t a) {
+        std::vector<double> least(experts_, kFar), next(experts_, kFar);
+        std::vector<int32_t> cheapest(experts_, -1);
+        for (int32_t token : members_[a]) {
+            const Score* row = rows_.row(token);
+            const double here = double(row[a]);
+            for (int64_t b = 0; b < experts_; ++b) {
+                const double cost = here - double(row[b]);
+                const bool is_less = cost < least[b] || (cost == least[b] && token < cheapest[b]);
+                next[b] = is_less ? least[b] : std::min(next[b], cost);
+                cheapest[b] = is_less ? token : cheapest[b];
+                least[b] = is_less ? cost : least[b];
+            }
+        }
+        for (int64_t b = 0; b < experts_; ++b) {
+            if (b == a || !is_open(a, b)) continue;
+            auto& heap = heap_[a * experts_ + b];
+            heap.clear();
+            if (cheapest[b] >= 0) heap.push_back({least[b], cheapest[b]});
+            cut_[arc(a, b)] = next[b];
+            refresh(a, b);
+        }
+    }
+
     // Dijkstra from all experts with too many tokens to the nearest with too few; prices follow. Returns that expert or -1.
     // An open arc counts with its lower bound; only when it would be used are its tokens fetched.
     int64_t search() {
@@ -155,9 +181,15 @@ class Repair {
             int64_t v = 0;
             for (int64_t u = 1; u < nodes_; ++u)
                 if (key_[u] < key_[v]) v = u;
-            if (from_[v] >= 0 && is_open(from_[v], v)) {
-                refill(from_[v], v);
-                reach(v);
+            if (const int64_t a = from_[v]; a >= 0 && is_open(a, v)) {
+                if (++num_refills_[a] == kManyRefills) {
+                    survey(a);
+                    for (int64_t u = 0; u < nodes_; ++u)
+                        if (from_[u] == a && key_[u] < kFar) reach(u);
+                } else {
+                    refill(a, v);
+                    reach(v);
+                }
                 continue;
             }
             if (v < experts_ && excess(v) < 0) {
@@ -274,7 +306,7 @@ class Repair {
     std::vector<int32_t> place_;
     std::vector<double> distance_, key_, trial_;
     double limit_ = kFar;
-    std::vector<int32_t> from_;
+    std::vector<int32_t> from_, num_refills_;
     std::vector<char> on_hub_;
     std::vector<int64_t> settled_, path_;
     std::vector<Entry> taken_;
