@@ -93,6 +93,17 @@ def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
+def _replace_native(library: ctypes.CDLL, scores_TE: torch.Tensor) -> tuple[torch.Tensor, int]:
+    function = library.moe_replace_float if scores_TE.dtype == torch.float32 else library.moe_replace_double
+    function.restype = ctypes.c_int64
+    clean_TE = torch.empty_like(scores_TE)
+    pointers = _pointer(scores_TE), _pointer(clean_TE)
+    count = function(pointers[0], ctypes.c_int64(scores_TE.numel()), torch.get_num_threads(), pointers[1])
+    if count < 0:
+        raise MemoryError(f"no memory to check {scores_TE.numel()} scores")
+    return clean_TE, count
+
+
 def _solve_native(library: ctypes.CDLL, scores_TE: torch.Tensor, warm_E: torch.Tensor | None) -> Assignment:
     num_tokens, num_experts = scores_TE.shape
     if scores_TE.dtype not in (torch.float32, torch.float64):
@@ -115,7 +126,7 @@ def _solve_native(library: ctypes.CDLL, scores_TE: torch.Tensor, warm_E: torch.T
     if outcome == 1:
         raise MemoryError(f"no memory to assign {num_tokens} tokens to {num_experts} experts")
     if outcome == 2:
-        clean_TE, count = replace_nonfinite(scores_TE)
+        clean_TE, count = _replace_native(library, scores_TE)
         solved = _solve_native(library, clean_TE, warm_E)
         return Assignment(**{**vars(solved), "num_replaced": count})
     if outcome == 3:

@@ -76,6 +76,43 @@ void assign(const Score* scores, int64_t tokens, int64_t experts, int threads, b
     report[0] = sweeps, report[1] = over, report[2] = paths;
 }
 
+// Writes the scores to `clean` with +inf as the largest finite score, NaN and -inf as the smallest, all as 0 where no score
+// is finite; returns how many were replaced.
+template <class Score>
+int64_t replace_nonfinite(const Score* scores, int64_t count, int threads, Score* clean) {
+    constexpr Score kMost = std::numeric_limits<Score>::max(), kInfinity = std::numeric_limits<Score>::infinity();
+    constexpr int64_t kBlock = 1 << 14;
+    const int64_t blocks = (count + kBlock - 1) / kBlock;
+    std::vector<Score> low(blocks, kInfinity), high(blocks, -kInfinity);
+    std::vector<int64_t> bad(blocks, 0);
+    parallel(blocks, kBlock / 4, threads, [&](int64_t from, int64_t to) {
+        for (int64_t block = from; block < to; ++block) {
+            Score least = kInfinity, most = -kInfinity;
+            int32_t finite = 0;
+            const int64_t end = std::min(count, (block + 1) * kBlock);
+            for (int64_t i = block * kBlock; i < end; ++i) {
+                const bool is_finite = std::abs(scores[i]) <= kMost;
+                finite += is_finite;
+                const Score small = is_finite ? scores[i] : kInfinity, large = is_finite ? scores[i] : -kInfinity;
+                least = small < least ? small : least;
+                most = large > most ? large : most;
+            }
+            low[block] = least, high[block] = most, bad[block] = end - block * kBlock - finite;
+        }
+    });
+    Score least = *std::min_element(low.begin(), low.end()), most = *std::max_element(high.begin(), high.end());
+    if (least > most) least = most = 0;
+    parallel(blocks, kBlock / 4, threads, [&](int64_t from, int64_t to) {
+        for (int64_t i = from * kBlock; i < std::min(count, to * kBlock); ++i) {
+            const Score score = scores[i], low_or_score = score >= -kMost ? score : least;  // not a number counts as low
+            clean[i] = score > kMost ? most : low_or_score;
+        }
+    });
+    int64_t replaced = 0;
+    for (const int64_t some : bad) replaced += some;
+    return replaced;
+}
+
 enum Outcome { kDone = 0, kOutOfMemory = 1, kNotFinite = 2, kTooLarge = 3 };
 
 template <class Score, class Bits>
@@ -101,6 +138,23 @@ extern "C" {
 int moe_assign_float(const float* scores, int64_t tokens, int64_t experts, int threads, int is_warm, double* prices,
                      int64_t* expert_of, int64_t* report) {
     return moe::checked_assign<float, int32_t>(scores, tokens, experts, threads, is_warm != 0, prices, expert_of, report);
+}
+
+// Returns how many were replaced, or -1 when memory ran out.
+int64_t moe_replace_float(const float* scores, int64_t count, int threads, float* clean) {
+    try {
+        return moe::replace_nonfinite(scores, count, threads, clean);
+    } catch (...) {
+        return -1;
+    }
+}
+
+int64_t moe_replace_double(const double* scores, int64_t count, int threads, double* clean) {
+    try {
+        return moe::replace_nonfinite(scores, count, threads, clean);
+    } catch (...) {
+        return -1;
+    }
 }
 
 int moe_assign_double(const double* scores, int64_t tokens, int64_t experts, int threads, int is_warm, double* prices,

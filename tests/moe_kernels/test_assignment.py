@@ -6,6 +6,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from moe_kernels import assign_balanced, solve_assignment
+from moe_kernels.assignment import _replace_native, replace_nonfinite
 from moe_kernels.assignment_torch import solve_exact
 from moe_kernels.native import load_library
 
@@ -208,3 +209,17 @@ def test_bad_methods_prices_and_auction_shapes_are_refused():
         assign_balanced(torch.zeros(65, 4), method="auction")
     with pytest.raises(ValueError, match="warm_prices_E"):
         solve_assignment(torch.zeros(4, 2), warm_prices_E=torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a5_native_replacement_equals_torch(dtype):
+    library = load_library("assignment")
+    assert library is not None
+    scores = torch.randn(700, 60, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    scores[::5], scores[1::5, 3], scores[2::5, :7] = torch.inf, -torch.inf, torch.nan
+    scores[4, 4] = torch.finfo(dtype).max
+    empty = torch.full((3, 4), torch.nan, dtype=dtype)
+    for case in (scores, empty, -torch.inf * torch.ones(2, 2, dtype=dtype)):
+        (fast, count), (slow, expected) = _replace_native(library, case), replace_nonfinite(case)
+        assert torch.equal(fast, slow)
+        assert count == expected
