@@ -7,7 +7,7 @@ line a picture, ``{"image": "apple.png", "captions": ...}`` (see ``btm/corpus/im
 goes on where it was; what follows ``--`` goes to every ``btm run``, as in ``-- model.hidden_size=256``.
 
 https://arxiv.org/abs/2407.21770; expected there: modalities split help pictures most, experts that choose beat a dense
-model, causal routing costs a little, and much with a mixture of depths.
+model, causal routing costs a little, and much with a mixture of depths. ``mixed_modal_results.txt`` has one run.
 """
 
 import argparse
