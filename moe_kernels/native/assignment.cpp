@@ -63,7 +63,7 @@ void assign(const Score* scores, int64_t tokens, int64_t experts, int threads, b
         has_prices = true;
         best.resize(sample.tokens);
         balance_prices(sample, threads, 6, sample.tokens / 64, price, best, load);
-        if (overflow(load, sample.tokens) > sample.tokens / 16) Repair<Score>(sample, price, best, load).run();
+        if (overflow(load, sample.tokens) > std::max<int64_t>(64, sample.tokens / 32)) Repair<Score>(sample, price, best, load).run();
     }
     const Rows<Score> all{scores, tokens, experts, 1};
     if (!has_prices) first_prices(all, price);

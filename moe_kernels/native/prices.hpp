@@ -175,7 +175,7 @@ int64_t balance_prices(const Rows<Score>& rows, int threads, int rounds, int64_t
         ++sweeps;
         const int64_t now = overflow(trial_load, rows.tokens);
         // Groups of experts that few tokens stand between move far as a whole; a short reach would hold all their prices.
-        if (double(now) > 0.8 * double(current)) reach = 64.0;
+        if (now <= current && double(now) > 0.85 * double(current)) reach = 64.0;
         if (now < current) {
             current = now;
             damping = std::min(1.0, 2.0 * damping);
