@@ -168,6 +168,10 @@ class RoutingStatistics:
     """Routed copies turned away by a capacity."""
     num_unrouted: int
     """Real tokens that reached no expert."""
+    token_N: torch.Tensor
+    """Token of each routed copy ``(N,)``, int64, numbered as the layer was given them."""
+    expert_N: torch.Tensor
+    """Expert of each routed copy ``(N,)``, int64."""
 
     @property
     def max_over_mean_load(self) -> float:
@@ -217,4 +221,6 @@ def statistics_of(routing: Routing) -> RoutingStatistics:
         num_tokens=int(routing.is_real_T.sum()),
         num_dropped=routing.num_dropped,
         num_unrouted=int((routing.is_real_T & ~is_routed_T).sum()),
+        token_N=routing.token_N,
+        expert_N=routing.expert_N,
     )

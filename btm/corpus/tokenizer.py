@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EOS_TOKEN = "<|endoftext|>"
 _COPIED_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _CODE_KEY = "auto_map"
+_WORD_MARK = "\u2581"
 
 
 class TextEncoder:
@@ -106,6 +107,25 @@ def copy_tokenizer(source: Path | str, directory: Path | str) -> None:
         else:
             _convert(source, temporary)
         TextEncoder(temporary)
+
+
+def plain_tokens(directory: Path | str) -> list[str | None]:
+    """Text that each token stands for, by id; None for special tokens and ids that the tokenizer leaves out.
+
+    Raises:
+        DataError: If the tokenizer is missing or damaged.
+    """
+    tokenizer = _load_json(Path(directory))
+    special = tokenizer.get_added_tokens_decoder()
+    known = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
+    texts: list[str | None] = []
+    for number in range(max(known) + 1):
+        is_plain = number in known and number not in special
+        text = tokenizer.decode([number]) if is_plain else None
+        # Decoders of SentencePiece drop the space before the first word.
+        is_stripped = text and is_plain and known[number].startswith(_WORD_MARK) and not text.startswith(" ")
+        texts.append(f" {text}" if is_stripped else text)
+    return texts
 
 
 def load_tokenizer(directory: Path | str) -> "PreTrainedTokenizerFast":

@@ -55,10 +55,11 @@ class LayerSeries:
 
 @dataclass(frozen=True, slots=True)
 class DomainShares:
-    """Where the tokens of each domain went in one layer."""
+    """Where the tokens of each domain, or of each class, went in one layer."""
 
     block: int
     domains: Sequence[str]
+    """Names of the domains or classes."""
     shares: np.ndarray
     """``(domains, E)``: share of the domain's assignments that went to each expert; rows sum to 1, or to 0 where the
     layer read none of its tokens."""
@@ -99,13 +100,16 @@ def expert_curves(series: Mapping[str, Sequence[LayerSeries]]) -> "Figure | None
     return figure
 
 
-def domain_expert_maps(layers: Sequence[DomainShares], experts: Sequence[str], expert_axis: str) -> "Figure | None":
+def domain_expert_maps(
+    layers: Sequence[DomainShares], experts: Sequence[str], expert_axis: str, *, rows_are: str = "domain"
+) -> "Figure | None":
     """Heat maps with one scale of colour: rows domains, columns experts, a panel per layer.
 
     Args:
         layers: Layers to show.
         experts: Names of the experts for the axis; numbers from 0 in layers with another number of them.
         expert_axis: What the experts' axis is called.
+        rows_are: What a row stands for.
 
     Returns:
         The figure; None when there is nothing to show.
@@ -135,7 +139,7 @@ def domain_expert_maps(layers: Sequence[DomainShares], experts: Sequence[str], e
             axes.set_visible(False)
         figure.supxlabel(expert_axis, fontsize=9.5)
         bar = figure.colorbar(meshes[0], ax=grid, pad=0.02, aspect=18 * rows, shrink=0.9)
-        bar.set_label("% of the domain's tokens")
+        bar.set_label(f"% of the {rows_are}'s tokens")
         bar.outline.set_visible(False)
         if bar.solids is not None:
             bar.solids.set(rasterized=False, edgecolor="face")

@@ -21,7 +21,12 @@ from btm.tables import format_count
 
 _TRAINING_KEY = re.compile(r"experts/(\d+)/(\w+)")
 _DEV_KEY = re.compile(r"eval/(.+)/experts/(\d+)")
+_CLASS_KEY = re.compile(r"classes/(.+)/experts/(\d+)")
 _MOST_MAPS = 6
+_CLASSES_CAPTION = (
+    "Share of each class's dev tokens (rows, all domains together) that each expert (columns) reads at the end of "
+    "training, in % of the class. A word starts after white space; word_inside is the rest of one."
+)
 _WEIGHTS = {"load_balance": "load_balance_weight", "z": "z_weight", "auxiliary": "auxiliary_weight"}
 _LAYERS = {
     FfnLayer.top_k: "a learned router sends each token to its best experts",
@@ -59,10 +64,22 @@ def domain_shares(rows: Sequence[Row]) -> list[DomainShares]:
 
     Domains whose counts are damaged are left out.
     """
+    return _last_shares(rows, _DEV_KEY)
+
+
+def class_shares(rows: Sequence[Row]) -> list[DomainShares]:
+    """Where the dev tokens of each class went, by the last row that counted them (``classes/<class>/experts/<block>``).
+
+    Classes are those of :mod:`btm.corpus.token_classes`.
+    """
+    return _last_shares(rows, _CLASS_KEY)
+
+
+def _last_shares(rows: Sequence[Row], pattern: re.Pattern[str]) -> list[DomainShares]:
     for row in reversed(rows):
         counts: dict[int, dict[str, list[float]]] = {}
         for key, value in row.items():
-            found = _DEV_KEY.fullmatch(key)
+            found = pattern.fullmatch(key)
             if found and _is_counts(value):
                 counts.setdefault(int(found[2]), {})[found[1]] = value
         if counts:
@@ -175,9 +192,12 @@ def _map_parts(run: Run, ffn: FfnConfig | None, maps: Sequence[DomainShares]) ->
         "Share of each domain's dev tokens (rows) that each expert (columns) reads at the end of training, in % of the "
         f"domain; a token counts once for each expert that it takes. An even split is {even:.3g} %.{some}"
     )
+    by_class = chosen(class_shares(run.rows))
     return [
         web.heading("Which expert reads which domain"),
         web.figure(domain_expert_maps(shown, names, axis), caption),
+        *([web.heading("Which expert reads which kind of token")] if by_class else []),
+        web.figure(domain_expert_maps(by_class, names, axis, rows_are="class"), _CLASSES_CAPTION) if by_class else "",
     ]
 
 

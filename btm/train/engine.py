@@ -1,9 +1,11 @@
 """What the training loop needs of the thing that runs forward, backward and the optimizer step."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from btm.corpus.sampler import Batch
 from btm.corpus.windows import Windows
@@ -34,6 +36,8 @@ class DevLoss:
     """Mean over all targets, nats."""
     expert_counts: Mapping[int, Sequence[int]]
     """Block -> tokens that each of its experts took; empty for dense models."""
+    class_counts: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Block -> tokens of each class that each expert took, int64 ``(classes, E)``; empty where no classes are known."""
 
 
 class Engine(Protocol):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -45,22 +46,29 @@ class ExpertTraining:
     weights: Mapping[str, float]
     needs_equal_passes: bool
     """Whether the layers exchange something in their forward, so that all processes must run it equally often."""
+    token_classes: torch.Tensor | None = None
+    """Class of each token id; None where classes are not asked for."""
     _sums: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: nn.Module, ranks: Ranks, *, are_divided: bool = False) -> "ExpertTraining | None":
+    def of(
+        model: nn.Module, ranks: Ranks, *, are_divided: bool = False, token_classes: torch.Tensor | None = None
+    ) -> "ExpertTraining | None":
         """The expert layers of ``model``; None for a dense one.
 
         Args:
             model: What is trained.
             ranks: The processes that train it.
             are_divided: Whether its experts are divided over processes.
+            token_classes: Class of each token id, int64 [vocabulary], for :meth:`class_counts`.
         """
         sparsity = sparsity_of(model)
         if sparsity is None:
             return None
         shared = ranks.size > 1 and sparsity.ffn.balance is Balance.globally
         training = ExpertTraining(model, ranks, loss_weights(sparsity.ffn), shared or are_divided)
+        if token_classes is not None:
+            training.token_classes = token_classes.to(ranks.device)
         if shared:
             for buffer in training._buffers():
                 buffer.group = dist.group.WORLD
@@ -142,6 +150,31 @@ class ExpertTraining:
             for experts_pass in passes:
                 total += experts_pass.reports[module.block].statistics.counts_E
             result[module.block] = [int(count) for count in self.ranks.sum_(total).tolist()]
+        return result
+
+    def class_counts(self, passes: list[ExpertPass]) -> dict[int, np.ndarray]:
+        """Tokens per class and expert, int64 [classes, E], of each layer in some passes of all processes.
+
+        Empty without :attr:`token_classes`. Every process calls it.
+
+        Args:
+            passes: After their forwards; a process may have none.
+        """
+        if self.token_classes is None:
+            return {}
+        num_classes = int(self.token_classes.max()) + 1
+        result = {}
+        for module in expert_modules(self.model):
+            num_experts = module.experts.num_experts
+            total = torch.zeros(num_classes * num_experts, dtype=torch.float64, device=self.ranks.device)
+            for experts_pass in passes:
+                routed = experts_pass.reports[module.block].statistics
+                token_ids = experts_pass.info.token_id_T
+                assert token_ids is not None
+                cells = self.token_classes[token_ids[routed.token_N]] * num_experts + routed.expert_N
+                total += torch.bincount(cells, minlength=len(total))
+            counts = self.ranks.sum_(total).reshape(num_classes, num_experts)
+            result[module.block] = counts.cpu().numpy().round().astype(np.int64)
         return result
 
     def _add(self, block: int, report: LayerReport, scale: float) -> None:

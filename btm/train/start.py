@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import ValidationError
 
 from btm.config_ffn import FfnConfig, FfnLayer
@@ -11,6 +12,7 @@ from btm.config_model import EngineName
 from btm.corpus.images.vocabulary import modality_starts
 from btm.corpus.sampler import BatchSampler
 from btm.corpus.shards import TokenShard
+from btm.corpus.token_classes import token_classes
 from btm.corpus.tokenizer import TextEncoder, tokenizer_sha256
 from btm.corpus.windows import Windows, document_windows
 from btm.errors import CheckpointError, DataError
@@ -82,7 +84,10 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
 
 def _engine_of(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks, passes: list[int] | None) -> Engine:
     if spec.engine.name is EngineName.torch:
-        return TorchEngine(model, train=spec.train, config=spec.engine, ranks=ranks, passes=passes)
+        classes = torch.from_numpy(token_classes(spec.tokenizer_dir)) if sparsity_of(model) else None
+        return TorchEngine(
+            model, train=spec.train, config=spec.engine, ranks=ranks, passes=passes, token_classes=classes
+        )
     if spec.engine.name is EngineName.megatron:
         from btm.train.megatron_engine import MegatronEngine
 

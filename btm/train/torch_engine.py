@@ -48,6 +48,7 @@ class TorchEngine:
         config: EngineConfig,
         ranks: Ranks,
         passes: Sequence[int] | None = None,
+        token_classes: torch.Tensor | None = None,
     ) -> None:
         """Take over ``model`` (fp32, on the CPU).
 
@@ -58,6 +59,7 @@ class TorchEngine:
             ranks: The processes that run this model.
             passes: Sequences of each pass of an update, in the order of the batch; None divides what each process has
                 by ``train.micro_batch_sequences``.
+            token_classes: Class of each token id, int64 [vocabulary], by which the tokens of experts are counted.
 
         Raises:
             ConfigError: If ``engine.expert_parallel`` does not divide the number of processes.
@@ -80,7 +82,9 @@ class TorchEngine:
             num_extra=_NUM_VALUES + self._num_owners,
         )
         prepare_for_training(model, ranks.device, self._dtype)
-        self._experts = ExpertTraining.of(model, ranks, are_divided=self._division is not None)
+        self._experts = ExpertTraining.of(
+            model, ranks, are_divided=self._division is not None, token_classes=token_classes
+        )
         self._adam = FlatAdamW(self.flat, train, self._num_owners)
         self._is_busy = np.zeros(self._num_owners, dtype=bool)
         self._is_demix = any(isinstance(module, DemixLayer) for module in model.modules())
@@ -136,7 +140,10 @@ class TorchEngine:
             total[1] += (targets >= 0).sum()
         self.model.train()
         loss, num_targets = self.ranks.sum_(total).tolist()
-        return DevLoss(loss / max(1.0, num_targets), {} if self._experts is None else self._experts.counts(passes))
+        mean = loss / max(1.0, num_targets)
+        if self._experts is None:
+            return DevLoss(mean, {})
+        return DevLoss(mean, self._experts.counts(passes), self._experts.class_counts(passes))
 
     def expert_metrics(self) -> dict[str, float]:
         """See :meth:`btm.train.engine.Engine.expert_metrics`."""

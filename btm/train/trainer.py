@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from btm.corpus.sampler import Batch, BatchSampler
+from btm.corpus.token_classes import TOKEN_CLASSES
 from btm.corpus.windows import Windows
 from btm.requests import TrainSpec
 from btm.train.checkpoint import CheckpointStore
@@ -94,6 +97,11 @@ class Trainer:
         row: dict[str, Any] = {f"eval/{domain}/loss": result.loss for domain, result in results.items()}
         for domain, result in results.items():
             row |= {f"eval/{domain}/experts/{block}": counts for block, counts in result.expert_counts.items()}
+        for block in next(iter(results.values())).class_counts:
+            by_class = np.sum([result.class_counts[block] for result in results.values()], axis=0)
+            for name, counts in zip(TOKEN_CLASSES, by_class.tolist(), strict=False):
+                if any(counts):
+                    row[f"classes/{name}/experts/{block}"] = counts
         self._append(row)
 
     def save(self) -> None:

@@ -70,7 +70,8 @@ class MixtureOfDepths(nn.Module):
         out: LayerOutput = self.layer(x_TD[kept_N], info.select(kept_N, x_TD.shape[0]))
         result_ND = out.hidden * score_T[kept_N].to(x.dtype).unsqueeze(1) if self.is_gated else out.hidden
         hidden_TD = torch.zeros_like(x_TD).index_add(0, kept_N, result_ND)
-        return dataclasses.replace(out, hidden=hidden_TD.view(x.shape))
+        statistics = dataclasses.replace(out.statistics, token_N=kept_N[out.statistics.token_N])
+        return dataclasses.replace(out, hidden=hidden_TD.view(x.shape), statistics=statistics)
 
     def auxiliary_loss(self, x: torch.Tensor, info: TokenInfo | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Binary cross-entropy of the auxiliary router against what this batch keeps, at least in float32.

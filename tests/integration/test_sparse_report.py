@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from btm.evaluate.report_data import load_report_data
-from btm.evaluate.report_experts import domain_shares, expert_series
+from btm.evaluate.report_experts import class_shares, domain_shares, expert_series
 from btm.metrics import is_dev_row
 from tests.btm.test_tracking import wandb_history
 from tests.conftest import SMOKE, run_btm, two_domains
@@ -57,4 +57,6 @@ def test_the_report_shows_what_training_logged(tracked_run):
     assert "<h1>Sparse model smoke</h1>" in page
     assert "2 blocks have expert layers (0, 1, counted from 0 at the input)" in page
     assert "Which expert reads which domain" in page
+    assert "Which expert reads which kind of token" in page
+    assert {"word_start", "punctuation"} <= set(class_shares(run.rows)[0].domains)
     assert "baselines.dense=true" in page  # no dense model was trained: the comparison says so

@@ -185,9 +185,9 @@ def test_scoring_runs_on_the_fast_paths_and_gives_the_plain_numbers(folder, monk
 
     patched, score = [], likelihood.token_losses
 
-    def watched(model, inputs, targets):
+    def watched(model, inputs, targets, **more):
         patched.append(sum("forward" in module.__dict__ for module in model.modules()))
-        return score(model, inputs, targets)
+        return score(model, inputs, targets, **more)
 
     monkeypatch.setattr(likelihood, "token_losses", watched)
     ensemble = opened(folder).to(dtype)

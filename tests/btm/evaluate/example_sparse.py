@@ -12,6 +12,7 @@ from btm.config import Config
 from btm.config_ffn import FfnConfig, FfnLayer
 from btm.config_model import EngineConfig, ModelConfig
 from btm.config_parse import config_to_dict
+from btm.corpus.token_classes import TOKEN_CLASSES
 from btm.records import Evaluation, ForestManifest, Ledger, ModelScores, TrainResult
 from btm.requests import Start, TokenSource, TrainSpec
 
@@ -73,6 +74,9 @@ def expert_rows(blocks: list[int], num_experts: int) -> list[dict[str, Any]]:
         dev[f"eval/{domain}/loss"] = 5.3
         for block in blocks:
             dev[f"eval/{domain}/experts/{block}"] = [900 if e % 2 == place else 100 for e in range(num_experts)]
+    for place, name in enumerate(TOKEN_CLASSES):
+        for block in blocks:
+            dev[f"classes/{name}/experts/{block}"] = [900 if e == place else 100 for e in range(num_experts)]
     return [*rows, dev]
 
 

@@ -12,7 +12,7 @@ from btm.config_ffn import FfnConfig, FfnLayer
 from btm.evaluate.plots_experts import DomainShares
 from btm.evaluate.report import report_page, write_report
 from btm.evaluate.report_data import ReportData, dev_curves_of, load_report_data
-from btm.evaluate.report_experts import chosen, domain_shares, expert_parts, expert_series, specialisation
+from btm.evaluate.report_experts import chosen, class_shares, domain_shares, expert_parts, expert_series, specialisation
 from btm.evaluate.report_verdicts import headline, verdicts
 from btm.records import Ledger
 
@@ -44,6 +44,14 @@ def test_shares_come_from_the_last_dev_row_and_sum_to_one() -> None:
     (layer,) = domain_shares([first, last, {"update": 3, "tokens": 3, "train/loss": 1.0}])
     assert (layer.block, layer.domains) == (0, ["law", "a"])
     assert layer.shares.tolist() == [[0.75, 0.25], [0.0, 0.0]]
+
+
+def test_classes_of_tokens_are_kept_apart_from_domains() -> None:
+    row = {"update": 1, "tokens": 1, "eval/law/experts/0": [1, 0], "classes/number/experts/0": [1, 3]}
+    (layer,) = class_shares([row])
+    assert (layer.domains, layer.shares.tolist()) == (["number"], [[0.25, 0.75]])
+    assert [layer.domains for layer in domain_shares([row])] == [["law"]]
+    assert class_shares([{"update": 1, "tokens": 1, "eval/law/experts/0": [1, 0]}]) == []
 
 
 @pytest.mark.parametrize("damaged", [[], "x", [1, "x"], [1, float("nan")], [1, -1], [True, 1], None, [3]])

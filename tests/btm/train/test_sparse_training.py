@@ -1,6 +1,7 @@
 """Expert layers through the trainer: scale of auxiliary losses, idle experts, processes, kills."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -232,6 +233,9 @@ def test_a_run_learns_reports_its_experts_and_leaves_a_sparse_model(make_spec, k
     assert trained[-1]["experts/0/load"] >= 1
     assert ("experts/0/load_balance" in trained[-1]) == (kind == "top_k")
     counts = {domain: evaluated[-1][f"eval/{domain}/experts/0"] for domain in ("ants", "bees")}
+    by_class = [value for key, value in evaluated[-1].items() if re.fullmatch(r"classes/\w+/experts/0", key)]
+    assert len(by_class) > 1
+    assert np.sum(by_class, axis=0).tolist() == np.sum(list(counts.values()), axis=0).tolist()
     if kind == "demix":
         assert trained[-1]["experts/0/load"] == 1
         assert counts["ants"][1] == counts["bees"][0] == 0 < min(counts["ants"][0], counts["bees"][1])
