@@ -49,8 +49,8 @@ kill-test: $(VENV)/installed-dev ## SIGKILL everything at random moments; the re
 lm-eval: $(VENV)/installed-dev $(VENV)/installed-eval ## lm-evaluation-harness on a merged model, an ELM and an ensemble
 	$(BIN)/python -m pytest -m slow -s tests/lm_eval
 
-bench: $(VENV)/installed-bench ## ratios to named peers, measured in one run each; about 25 minutes
-	$(BIN)/python tests/benchmarks/run_all.py
+bench: $(VENV)/installed-bench ## ratios to named peers, measured in one run each; about 25 minutes, or BENCH='routing merge'
+	$(BIN)/python tests/benchmarks/run_all.py $(BENCH)
 
 mixed-modal: $(VENV)/installed-dev ## dense, modality-split and modality-aware models on PICTURES=<folder with captions.jsonl>
 	$(BIN)/python tests/benchmarks/mixed_modal.py $(PICTURES)
