@@ -16,10 +16,6 @@ _HOUR = 3600.0
 TRIALS = {
     "64 ELMs on 64 groups": Trial(num_elms=64, num_groups=64),
     "64 ELMs on 64 groups, each failing every 24 h": Trial(num_elms=64, num_groups=64, between_failures_s=24 * _HOUR),
-    "1,000 ELMs on 64 groups, each failing every 24 h": Trial(
-        num_elms=1000, num_groups=64, between_failures_s=24 * _HOUR
-    ),
-    "1,000 ELMs on 1,000 groups": Trial(num_elms=1000, num_groups=1000),
     "1,000 ELMs on 1,000 groups, each failing every 24 h": Trial(
         num_elms=1000, num_groups=1000, between_failures_s=24 * _HOUR
     ),
