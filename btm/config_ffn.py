@@ -109,6 +109,8 @@ class FfnConfig(Model):
     """Feed-forward networks in each BASE expert."""
     assignment: Assignment = Assignment.exact
     """exact, or the published auction (BASE, training)."""
+    is_priced: bool = True
+    """Whether BASE (with assignment=exact) subtracts the running prices of its training assignments when a token chooses its expert outside of training, which keeps the experts balanced; false takes the highest score, as the paper does."""
     placement: Placement | None = None
     """BASE layers in_place of the feed-forward network of their block (equal FLOPs), or inserted behind the block; null is in_place from scratch and inserted into pretrained models."""
     group_sizes: list[int] = [4, 4]

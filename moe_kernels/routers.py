@@ -8,8 +8,9 @@ import math
 import torch
 from torch import nn
 
-from moe_kernels.assignment import assign_balanced
+from moe_kernels.assignment import METHODS, assign_balanced, solve_assignment
 from moe_kernels.errors import check_choice, check_range
+from moe_kernels.prices import RunningPrices
 from moe_kernels.selection import top_experts, top_tokens, weighted_experts
 from moe_kernels.triton_kernels.routing import route_top_k, takes
 from moe_kernels.triton_kernels.runtime import BACKENDS, use_triton
@@ -219,7 +220,7 @@ class DomainRouter(nn.Module):
 
 
 class BalancedRouter(nn.Module):
-    """One expert per token: balanced in training, the nearest at inference (BASE, https://arxiv.org/abs/2103.16716).
+    """One expert per token: balanced in training, its best at inference (BASE, https://arxiv.org/abs/2103.16716).
 
     The combine weight is the sigmoid of the score, the only path of the gradient to the centroids.
 
@@ -227,12 +228,20 @@ class BalancedRouter(nn.Module):
         width: Model width D.
         num_experts: E.
         method: How `assign_balanced` finds the training assignment.
+        is_priced: Whether a token's best expert at inference has the highest score minus running price
+            (`RunningPrices`, which must be told where updates end); otherwise the highest score, as in the paper.
+            The auction of the published code has no prices.
+
+    Raises:
+        MoeError: If a value is out of range.
     """
 
-    def __init__(self, width: int, num_experts: int, *, method: str = "exact") -> None:
+    def __init__(self, width: int, num_experts: int, *, method: str = "exact", is_priced: bool = True) -> None:
         super().__init__()
         check_range("num_experts", num_experts, low=1)
+        check_choice("method of BalancedRouter", method, METHODS)
         self.method = method
+        self.prices = RunningPrices(num_experts) if is_priced and method == "exact" else None
         self.centroid_ED = nn.Parameter(torch.empty(num_experts, width))
         nn.init.orthogonal_(self.centroid_ED, gain=0.1)
 
@@ -243,7 +252,7 @@ class BalancedRouter(nn.Module):
         logits_TE = logits_of(x_TD, self.centroid_ED)
         token_N = is_real_T.nonzero().squeeze(1)
         choosing_NE = logits_TE.detach()[token_N]
-        expert_N = assign_balanced(choosing_NE, method=self.method) if self.training else choosing_NE.argmax(1)
+        expert_N = self._balanced(choosing_NE) if self.training else self._best(choosing_NE)
         return Routing(
             token_N=token_N,
             expert_N=expert_N,
@@ -254,3 +263,13 @@ class BalancedRouter(nn.Module):
             logits_TE=logits_TE,
             probs_TE=torch.softmax(logits_TE, dim=-1),
         )
+
+    def _balanced(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        if self.prices is None:
+            return assign_balanced(scores_TE, method=self.method)
+        solved = solve_assignment(scores_TE)
+        self.prices.observe(solved.prices_E, scores_TE.shape[0])
+        return solved.expert_T
+
+    def _best(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        return scores_TE.argmax(1) if self.prices is None else (scores_TE - self.prices.price_E).argmax(1)

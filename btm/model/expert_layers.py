@@ -112,6 +112,7 @@ def _base(ffn: FfnConfig, dense: DenseNetwork, num_domains: int) -> nn.Module:
         num_experts=ffn.num_experts,
         num_sublayers=ffn.num_sublayers,
         assignment=ffn.assignment.value,
+        is_priced=ffn.is_priced,
     ).build()
     # The outer matrices stay zero: the layer starts as the identity.
     for stack in (module for module in layer.modules() if isinstance(module, ResidualFfnStack)):

@@ -144,6 +144,14 @@ def inactive_matmul_weights(model: nn.Module) -> int:
     return round(unused) + sum(matmul_weights(router) for router in idle)
 
 
+def kept_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to a trained model as its parameters do, by their names in ``model.state_dict()``."""
+    buffers = dict(model.named_buffers())
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if name in buffers and not name.endswith(_TRANSIENT)
+    }
+
+
 def is_sparse_directory(directory: Path) -> bool:
     """Whether ``directory`` holds a sparse model."""
     try:
@@ -235,13 +243,13 @@ def _fill(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _without_ties(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor once, by its first name, and none that is always zero between updates."""
+    """Each tensor once, by its first name, and none that is always zero between updates; buffers in their own type."""
     parameters = {name for name, _ in model.named_parameters()}
-    buffers = {name for name, _ in model.named_buffers()}
+    kept = kept_buffers(model)
     return {
-        name: tensor.contiguous()
+        name: kept.get(name, tensor).contiguous()
         for name, tensor in state.items()
-        if name in parameters or (name in buffers and not name.endswith(_TRANSIENT))
+        if name in parameters or name in kept
     }
 
 

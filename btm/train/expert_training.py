@@ -12,9 +12,10 @@ from btm.config_ffn import Balance, FfnConfig
 from btm.model.expert_block import expert_modules
 from btm.model.expert_pass import ExpertPass, LayerReport
 from btm.model.learning_routers import DEPTH_ACCURACY, DEPTH_LOSS, ROUTER_ACCURACY, ROUTER_LOSS
-from btm.model.sparse_lm import sparsity_of
+from btm.model.sparse_lm import kept_buffers, sparsity_of
 from btm.train.ranks import Ranks
 from moe_kernels.losses import BalanceBuffer
+from moe_kernels.prices import RunningPrices
 
 LOSSES = ("load_balance", "z", ROUTER_LOSS, DEPTH_LOSS, ROUTER_ACCURACY, DEPTH_ACCURACY)
 LOSS_WEIGHTS = ("load_balance_weight", "z_weight", "auxiliary_weight")
@@ -69,8 +70,8 @@ class ExpertTraining:
         training = ExpertTraining(model, ranks, loss_weights(sparsity.ffn), shared or are_divided)
         if token_classes is not None:
             training.token_classes = token_classes.to(ranks.device)
-        if shared:
-            for buffer in training._buffers():
+        if ranks.size > 1:
+            for buffer in training._prices() + (training._buffers() if shared else []):
                 buffer.group = dist.group.WORLD
         return training
 
@@ -95,13 +96,19 @@ class ExpertTraining:
 
     def end_pass(self) -> None:
         """After the backward of a pass: its loads join those of the update."""
-        for buffer in self._buffers():
+        for buffer in (*self._buffers(), *self._prices()):
             buffer.next_micro_batch()
 
     def end_update(self) -> None:
-        """After the last backward: the next update starts from nothing."""
+        """After the last backward: the next update starts from nothing. Every process calls it."""
         for buffer in self._buffers():
             buffer.reset()
+        for prices in self._prices():
+            prices.end_update()
+
+    def kept_buffers(self) -> dict[str, torch.Tensor]:
+        """What the layers learn beside their parameters and checkpoints must hold, by the names of the model."""
+        return kept_buffers(self.model)
 
     def busy(self) -> torch.Tensor:
         """1 for each expert of the model that a token of this process's passes reached, fp32, by block."""
@@ -200,6 +207,9 @@ class ExpertTraining:
 
     def _buffers(self) -> list[BalanceBuffer]:
         return [module for module in self.model.modules() if isinstance(module, BalanceBuffer)]
+
+    def _prices(self) -> list[RunningPrices]:
+        return [module for module in self.model.modules() if isinstance(module, RunningPrices)]
 
 
 def _relative_entropy(share: torch.Tensor) -> float:

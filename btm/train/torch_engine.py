@@ -159,7 +159,8 @@ class TorchEngine:
         steps = {f"step.{name}": self._adam.owner_steps[which] for name, which in self._step_names.items()}
         named = zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
         optimizer = {f"{kind}.{name}": tensor for kind, tensors in named for name, tensor in tensors.items()}
-        return {"model.safetensors": masters, "optimizer.safetensors": optimizer | steps}
+        kept = {} if self._experts is None else self._experts.kept_buffers()
+        return {"model.safetensors": masters | kept, "optimizer.safetensors": optimizer | steps}
 
     def tensors_loaded(self, num_optimizer_steps: int) -> None:
         """See :meth:`btm.train.engine.Engine.tensors_loaded`."""

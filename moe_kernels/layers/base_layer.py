@@ -1,4 +1,4 @@
-"""BASE layers: balanced assignment in training, the nearest expert at inference, no auxiliary loss, no dropped token.
+"""BASE layers: balanced assignment in training, the best expert at inference, no auxiliary loss, no dropped token.
 
 Shapes: T tokens, D model width, E experts.
 """
@@ -21,7 +21,7 @@ class BaseLayer(nn.Module):
     """``out = h + sigmoid(h . w_a) * f_a(h)`` with a the expert of the token (https://arxiv.org/abs/2103.16716).
 
     The residual connection is inside. In training mode experts get equally many tokens of this process's batch; at
-    inference each token goes to the expert with the highest score, whatever the rest of the batch holds.
+    inference each token goes to its best expert, whatever the rest of the batch holds.
 
     Args:
         router: A `BalancedRouter`.
@@ -79,6 +79,8 @@ class BaseConfig:
     """Feed-forward networks in each expert."""
     assignment: str = "exact"
     """How tokens are assigned in training: ``exact``, or ``auction`` for parity with the published code."""
+    is_priced: bool = True
+    """Whether running prices of the training keep the experts balanced at inference, see `BalancedRouter`."""
 
     def build(self) -> BaseLayer:
         """Build the layer; it starts as the identity.
@@ -87,7 +89,7 @@ class BaseConfig:
             The layer, in training mode.
         """
         stacks = (ResidualFfnStack(self.width, self.hidden_width, self.num_sublayers) for _ in range(self.num_experts))
-        router = BalancedRouter(self.width, self.num_experts, method=self.assignment)
+        router = BalancedRouter(self.width, self.num_experts, method=self.assignment, is_priced=self.is_priced)
         return BaseLayer(router, ExpertList(stacks), width=self.width)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_kernels import TokenInfo
+from moe_kernels.assignment import solve_assignment
 from moe_kernels.routers import BalancedRouter, DomainRouter, ExpertChoiceRouter, HashRouter, SwitchRouter, TopKRouter
 from moe_kernels.types import statistics_of
 
@@ -51,6 +52,69 @@ def test_balanced_router_is_balanced_in_training_and_greedy_at_inference():
     greedy = router.eval()(skewed, TokenInfo())
     assert torch.equal(greedy.expert_N, (skewed @ router.centroid_ED.t()).argmax(1))
     assert greedy.expert_counts().max() > 8
+
+
+def popular_tokens(num_tokens: int, router: BalancedRouter, seed: int) -> torch.Tensor:
+    """States that all like expert 1 best, and differ in how much they like the others."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_tokens, 8, generator=generator) + 20 * router.centroid_ED.detach()[1]
+
+
+def learn_prices(router: BalancedRouter, updates: int = 60) -> None:
+    for update in range(updates):
+        for part in (0, 1):
+            router(popular_tokens(400, router, 2 * update + part), TokenInfo())
+            router.prices.next_micro_batch()
+        router.prices.end_update()
+
+
+def test_running_prices_keep_the_experts_balanced_at_inference_one_token_at_a_time():
+    router = BalancedRouter(8, 4)
+    learn_prices(router)
+    unseen = popular_tokens(2000, router, 10**6)
+    router.eval()
+    together = router(unseen, TokenInfo())
+    assert statistics_of(together).max_over_mean_load < 1.2
+    alone = torch.cat([router(token, TokenInfo()).expert_N for token in unseen[:50].split(1)])
+    assert torch.equal(alone, together.expert_N[:50])
+    plain = BalancedRouter(8, 4, is_priced=False)
+    plain.load_state_dict({"centroid_ED": router.centroid_ED})
+    assert statistics_of(plain.eval()(unseen, TokenInfo())).max_over_mean_load > 2.5
+
+
+def test_running_prices_choose_as_the_assignment_of_many_tokens_does():
+    router = BalancedRouter(8, 4)
+    learn_prices(router)
+    many = popular_tokens(4000, router, 10**6)
+    balanced = router(many, TokenInfo()).expert_N
+    assert (router.eval()(many, TokenInfo()).expert_N == balanced).float().mean() > 0.95
+
+
+def test_prices_follow_their_definition():
+    router = BalancedRouter(8, 4).double()
+    parts, expected = [popular_tokens(count, router, count).double() for count in (64, 128)], torch.zeros(4)
+    for _ in range(3):
+        total = torch.zeros(4, dtype=torch.float64)
+        for part in parts:
+            for _again in range(2):  # activation checkpointing runs the forward again
+                router(part, TokenInfo())
+            router.prices.next_micro_batch()
+            price = solve_assignment((part @ router.centroid_ED.t()).detach()).prices_E
+            total += (price - price.mean()) * len(part)
+        router.prices.end_update()
+        expected = 0.9 * expected + 0.1 * (total / 192)
+        torch.testing.assert_close(router.prices.price_E.double(), expected, rtol=1e-5, atol=1e-6)
+    before = router.prices.price_E.clone()
+    router(torch.zeros(0, 8, dtype=torch.float64), TokenInfo())
+    router.prices.next_micro_batch()
+    router.prices.end_update()
+    assert torch.equal(router.prices.price_E, before), "an update without tokens moves nothing"
+
+
+def test_the_published_auction_has_no_prices():
+    assert BalancedRouter(8, 4, method="auction").prices is None
+    with pytest.raises(ValueError, match="exact, auction"):
+        BalancedRouter(8, 4, method="greedy")
 
 
 def test_hash_is_fixed_and_even():

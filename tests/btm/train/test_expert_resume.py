@@ -71,6 +71,7 @@ def assert_same_run(spec, whole) -> None:
     ("kind", "layouts"),
     [
         ("top_k", [(1, 1), (2, 2)]),
+        ("base", [(1, 1)]),
         *(pytest.param(kind, [(1, 1), (2, 1), (2, 2), (4, 4)], marks=pytest.mark.slow) for kind in KINDS),
     ],
 )
@@ -84,6 +85,7 @@ def test_l5_a_run_of_four_processes_continues_on_others(make_spec, kind, layouts
         state = json.loads((step_dir(spec, 6) / "state.json").read_text())
         assert state["progress"]["passes"] == ([2, 2, 2, 2] if keeps_passes(whole.ffn) else [])
     model = load_model(Path(whole.output_dir) / "model", domain="ants" if kind == "demix" else None)
+    assert all(buffer.any() for name, buffer in model.named_buffers() if name.endswith("price_E"))
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
