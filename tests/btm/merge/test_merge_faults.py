@@ -3,9 +3,10 @@
 import hashlib
 import os
 import random
+import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from btm.errors import MergeError
 from btm.files import sha256_of_file
 from btm.merge.worker import run_spec
 from btm.records import MergeResult
+from tests.btm.chosen_moments import die_at_change, die_at_size, fork, wait
 
 
 def small_models(folder: Path) -> list[Path]:
@@ -79,41 +81,74 @@ def test_r3_a_missing_and_an_unrecorded_file_are_noticed(tmp_path):
         merge(tmp_path / "out", paths, elm1={"files": {"config.json": "00"}})
 
 
-def test_r1_killed_at_any_moment_nothing_is_half_written(tmp_path):
-    tensors = {f"w{index}": torch.randn(1 << 20) for index in range(8)}
-    inputs = tmp_path / "inputs"
-    models = [write_model(inputs / f"m{index}", tensors | {"x": torch.full((9,), float(index))}) for index in range(3)]
-    output = tmp_path / "averages/out"
-    specs = {}
-    for name, weights in (("old", {"m0": 1.0}), ("new", {"m0": 1.0, "m1": 2.0, "m2": 1.0})):
-        spec = spec_for(output, models, "weighted", weights=weights)
-        spec.save(tmp_path / f"{name}.json")
-        result = run_spec(spec)
-        specs[name] = spec, hashes(output), result
-    process, began = worker(tmp_path / "new.json"), time.monotonic()
-    assert process.wait(60) == 0
-    duration = time.monotonic() - began
-    run_spec(specs["old"][0])
-    generator, killed = random.Random(1), 0
-    for number in range(12):
-        process = worker(tmp_path / "new.json")
-        time.sleep(duration * (0.4 + 0.6 * number / 12) * generator.uniform(0.9, 1.0))
-        process.kill()
-        killed += process.wait(60) == -9
-        process.communicate()
-        if output.exists():
-            assert hashes(output) in (specs["old"][1], specs["new"][1])
-        if (tmp_path / "averages/out.json").exists():
-            spec_hash = MergeResult.load(tmp_path / "averages/out.json").spec_sha256
-            known = {spec.sha256: content for spec, content, _ in specs.values()}
-            assert hashes(output) == known[spec_hash]
-        if number % 3 == 2:
-            run_spec(specs["old"][0])
-    assert killed >= 6
-    process = worker(tmp_path / "new.json")
-    assert process.communicate(timeout=60)[1] == ""
-    assert hashes(output) == specs["new"][1]
-    assert sorted(path.name for path in output.parent.iterdir()) == ["out", "out.json"]
+class Averages:
+    """An old average in its place, and the request for a new one."""
+
+    def __init__(self, folder: Path, num_values: int) -> None:
+        tensors = {f"w{index}": torch.randn(num_values) for index in range(4)}
+        models = [write_model(folder / f"m{index}", tensors | {"x": torch.full((9,), index / 2)}) for index in range(3)]
+        self.output, self.log = folder / "averages/out", folder / "log.txt"
+        self.new = spec_for(self.output, models, "weighted", weights={"m0": 1.0, "m1": 2.0, "m2": 1.0})
+        self.old = spec_for(self.output, models, "weighted", weights={"m0": 1.0})
+        self.content = {}
+        for spec in (self.new, self.old):
+            run_spec(spec)
+            self.content[spec.sha256] = hashes(self.output)
+
+    def merge_anew(self, before: Callable[[], None]) -> int:
+        """Exit code of a process that makes the new average; ``before`` runs in it first."""
+
+        def work() -> None:
+            before()
+            run_spec(self.new)
+
+        return wait(fork(work, log=self.log))
+
+    def check_whole(self) -> None:
+        """The old average or the new one or none, and a result only beside the average that it describes."""
+        result = self.output.with_name("out.json")
+        if self.output.exists():
+            assert hashes(self.output) in self.content.values()
+        if result.exists():
+            assert hashes(self.output) == self.content[MergeResult.load(result).spec_sha256]
+
+    def check_end(self) -> None:
+        """The real worker makes the new average and clears away what others left."""
+        self.new.save(self.output.parents[1] / "new.json")
+        process = worker(self.output.parents[1] / "new.json")
+        assert process.communicate(timeout=120)[1] == ""
+        self.check_whole()
+        assert hashes(self.output) == self.content[self.new.sha256]
+        assert sorted(path.name for path in self.output.parent.iterdir()) == ["out", "out.json"]
+
+
+@pytest.mark.parametrize("begins_with_the_old", [True, False])
+def test_r1_killed_at_any_change_nothing_is_half_written(tmp_path, begins_with_the_old):
+    """Just before the n-th change of a file an attempt is killed, for every n until one attempt reaches the end."""
+    averages, kills = Averages(tmp_path, 1000), 0
+    for number in range(1, 200):
+        code = averages.merge_anew(lambda number=number: die_at_change(number))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, averages.log.read_text()
+        averages.check_whole()
+        kills += 1
+        if begins_with_the_old:
+            run_spec(averages.old)
+    assert 15 <= kills == number - 1
+    averages.check_end()
+
+
+def test_r1_killed_inside_the_write_of_the_weights_the_old_average_stays(tmp_path):
+    averages = Averages(tmp_path, 1 << 19)
+    whole = (averages.output / "model.safetensors").stat().st_size
+    for num_bytes in (1, 100, whole // 3, whole // 2, whole - 1):
+        assert averages.merge_anew(lambda num_bytes=num_bytes: die_at_size(num_bytes)) == -signal.SIGXFSZ
+        (half,) = averages.output.parent.glob(".tmp-out-*/model.safetensors")
+        assert half.stat().st_size == num_bytes
+        assert hashes(averages.output) == averages.content[averages.old.sha256]
+        averages.check_whole()
+    averages.check_end()
 
 
 def test_leftovers_of_a_running_merge_stay(tmp_path):

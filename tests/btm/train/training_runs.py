@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ import torch
 
 from btm.requests import TrainSpec
 from btm.train import worker
+from tests.btm import chosen_moments
+from tests.btm.chosen_moments import wait
 
 TIMES = ("time", "train/tokens_per_s", "train/flops_per_s", "train/peak_share")
 
@@ -33,28 +33,13 @@ def start(spec: TrainSpec, *, before: Callable[[], None] | None = None, env: Map
 
 
 def fork(work: Callable[[], int | None], *, log: Path, env: Mapping[str, str]) -> int:
-    """Run ``work`` in a child whose exit code is what it returns."""
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 99
-    try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 2)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-        os.environ.update(env)
+    """Run ``work`` with one thread in a child whose exit code is what it returns."""
+
+    def alone() -> int | None:
         torch.set_num_threads(1)
-        code = work() or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        return work()
 
-
-def wait(pid: int) -> int:
-    """Exit code of a process, negative for the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return chosen_moments.fork(alone, log=log, env=env)
 
 
 def run(spec: TrainSpec, **options: Any) -> int:
@@ -96,6 +81,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
+
+
+def die_behind_checkpoint(spec: TrainSpec, num_calls: int = 0) -> None:
+    """End this process ``num_calls`` calls of functions after a checkpoint that is not there yet."""
+    before = last_checkpoint(spec)
+    chosen_moments.at_call(num_calls, lambda: last_checkpoint(spec) > before)
 
 
 def rows(spec: TrainSpec) -> list[dict[str, Any]]:
