@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,15 +26,15 @@ from btm.model.patches import prepare_for_training
 from btm.model.sparse_lm import sparsity_of
 from btm.train.deepspeed_adam import gated_adamw
 from btm.train.deepspeed_config import deepspeed_config, zero_stage
-from btm.train.deepspeed_shards import MOMENTS, shards_of
-from btm.train.deepspeed_start import Losses, initialize, naming_lost_peers
+from btm.train.deepspeed_shards import shards_of
+from btm.train.deepspeed_start import Losses, initialize
 from btm.train.engine import DevLoss, Gradients, TensorFiles
+from btm.train.gathered_tensors import FILES, Files, taken_from_main, tensor_name
 from btm.train.peak import matmul_peak_of
-from btm.train.ranks import Ranks
+from btm.train.ranks import Ranks, naming_lost_exchanges
 
 _MAX_SEED = 2**63
 _DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
-_FILES = {"model.safetensors": (None,), "optimizer.safetensors": MOMENTS}
 
 
 class DeepSpeedEngine:
@@ -72,7 +71,7 @@ class DeepSpeedEngine:
         self._num_targets = 1
         self._norm = 0.0
         self._has_gradients = False
-        self._to_fill: dict[str, dict[str, torch.Tensor]] = {}
+        self._to_fill: Files = {}
         self._optimizer = gated_adamw(self._parameters.values(), train)
         exact = None
         if self._dtype != torch.float32:
@@ -81,7 +80,7 @@ class DeepSpeedEngine:
         prepare_for_training(model, ranks.device, self._dtype)
         model.train()
         settings = deepspeed_config(config, self.num_parameters)
-        with naming_lost_peers():
+        with naming_lost_exchanges():
             self._engine = initialize(Losses(model), self._optimizer, settings, ranks)
             self._shards = shards_of(self._engine.optimizer, self._optimizer, stage=zero_stage(config), rank=ranks.rank)
             if exact is not None:
@@ -93,7 +92,7 @@ class DeepSpeedEngine:
         """See :meth:`btm.train.engine.Engine.gradients`."""
         torch.manual_seed((random_seed * self.ranks.size + self.ranks.rank) % _MAX_SEED)
         self._num_targets = max(1, sum(batch.domain_tokens.values()))
-        with naming_lost_peers():
+        with naming_lost_exchanges():
             self._drop_gradients()
             loss = self._backward(batch)
         values = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
@@ -113,7 +112,7 @@ class DeepSpeedEngine:
         # The fused kernel divides by this on the way: to the mean over targets, and to the norm that is allowed.
         scale = self._num_targets / self.ranks.size * max(1.0, self._norm / self._train.clip_norm)
         self._optimizer.grad_scale = torch.tensor(scale, device=self._shards.masters[0].device)
-        with naming_lost_peers(), self._optimizer.opened():
+        with naming_lost_exchanges(), self._optimizer.opened():
             self._engine.step()
         self._has_gradients = False
         self.num_optimizer_steps += 1
@@ -124,7 +123,7 @@ class DeepSpeedEngine:
         count = self._train.micro_batch_sequences or max(1, self._train.batch_tokens // self._train.sequence_length)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         self.model.eval()
-        with naming_lost_peers(), torch.no_grad():
+        with naming_lost_exchanges(), torch.no_grad():
             for first in range(0, len(windows.inputs), self.ranks.size * count):
                 begin = first + self.ranks.rank * count
                 inputs, targets = windows.inputs[begin : begin + count], windows.targets[begin : begin + count]
@@ -146,27 +145,21 @@ class DeepSpeedEngine:
 
         They are copies in the memory of the main rank, 12 bytes per weight.
         """
-        files: dict[str, dict[str, torch.Tensor]] = {name: {} for name in _FILES}
-        with naming_lost_peers():
+        files: dict[str, dict[str, torch.Tensor]] = {name: {} for name in FILES}
+        with naming_lost_exchanges():
             for file, kind, name, parameter in self._tensors():
                 value = self._shards.whole(parameter, kind)
                 if self.ranks.is_main:
-                    key = name if kind is None else f"{kind}.{name}"
-                    files[file][key] = value.detach().to("cpu", copy=True).contiguous()
+                    files[file][tensor_name(kind, name)] = value.detach().to("cpu", copy=True).contiguous()
         self._to_fill = files
         return files if self.ranks.is_main else {}
 
     def tensors_loaded(self, num_optimizer_steps: int) -> None:
         """See :meth:`btm.train.engine.Engine.tensors_loaded`; the main rank tells the others what it loaded."""
-        with naming_lost_peers():
+        with naming_lost_exchanges():
             for file, kind, name, parameter in self._tensors():
-                shape, device = self._shapes[name], self.ranks.device
-                if self.ranks.is_main:
-                    value = self._to_fill[file].pop(name if kind is None else f"{kind}.{name}").to(device)
-                else:
-                    value = torch.empty(shape, dtype=torch.float32, device=device)
-                if self.ranks.size > 1:
-                    dist.broadcast(value, src=0)
+                tensors, shape = self._to_fill[file], self._shapes[name]
+                value = taken_from_main(self.ranks, tensors, tensor_name(kind, name), shape)
                 self._shards.fill(parameter, kind, value)
             self._shards.refresh_weights()
         for master in self._shards.masters:
@@ -175,7 +168,7 @@ class DeepSpeedEngine:
 
     def save_model(self, directory: Path, tokenizer_dir: Path) -> None:
         """See :meth:`btm.train.engine.Engine.save_model`."""
-        with naming_lost_peers():
+        with naming_lost_exchanges():
             for parameter in self._parameters.values():
                 value = self._shards.whole(parameter, None)
                 if self.ranks.is_main:
@@ -214,7 +207,7 @@ class DeepSpeedEngine:
         self._has_gradients = False
 
     def _tensors(self) -> Iterator[tuple[str, str | None, str, nn.Parameter]]:
-        for file, kinds in _FILES.items():
+        for file, kinds in FILES.items():
             for kind in kinds:
                 for name, parameter in self._parameters.items():
                     yield file, kind, name, parameter

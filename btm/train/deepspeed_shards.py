@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from btm.train.gathered_tensors import MOMENTS
 
 
 class Shards(Protocol):

@@ -1,4 +1,4 @@
-"""The one file that imports deepspeed: start it quietly, and tell its errors apart."""
+"""The one file that imports deepspeed: start it quietly."""
 
 import atexit
 import contextlib
@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,10 +15,7 @@ from transformers import PreTrainedModel
 
 from btm.errors import ConfigError, TrainingError
 from btm.model.loss import loss_sum, token_losses
-from btm.train.ranks import PeerLostError, Ranks
-
-_TRANSPORT = ("gloo", "nccl", "connection", "peer", "socket")
-"""Words in the errors of a broken connection."""
+from btm.train.ranks import Ranks
 
 
 class Losses(nn.Module):
@@ -94,15 +90,3 @@ def _imported() -> Any:
 def _leave_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def naming_lost_peers() -> Iterator[None]:
-    """Tell a broken connection inside of DeepSpeed from its other errors."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error).lower()
-        if not isinstance(error, dist.DistError) and not any(word in text for word in _TRANSPORT):
-            raise
-        raise PeerLostError(f"a process of this group is gone ({str(error).splitlines()[0]})") from error

@@ -4,40 +4,18 @@ Gradients are those of the sum of the losses of all tokens, as in a single proce
 tokens of its group, and the sum over the processes that hold the same experts those of the other groups.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from btm.train.divided_tensor import DividedTensor
 from btm.train.expert_ranks import ExpertRanks, check_division
 from btm.train.flat import FlatParameters
-from btm.train.ranks import PeerLostError, Ranks
+from btm.train.ranks import Ranks
 from btm.train.tensor_file import Tensors
-from moe_kernels.exchange import ExchangeError
 from moe_kernels.expert_parallel import ExpertParallelExperts, spread_experts
-
-_TRANSPORT = ("gloo", "nccl", "connection", "socket")
-"""Words in the errors of a broken connection."""
-
-
-@contextlib.contextmanager
-def naming_lost_exchanges() -> Iterator[None]:
-    """Tell a broken exchange of tokens or loads from other errors of forward and backward.
-
-    Raises:
-        PeerLostError: If a process is gone.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        is_transport = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _TRANSPORT)
-        if isinstance(error, PeerLostError) or not (is_transport or isinstance(error, ExchangeError)):
-            raise
-        raise PeerLostError(f"a process of this group is gone ({error})") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,18 +22,17 @@ from btm.corpus.sampler import Batch, BatchSampler
 from btm.corpus.windows import Windows
 from btm.errors import ConfigError
 from btm.model.causal_lm import flops_per_token, num_parameters, save_model
-from btm.train.deepspeed_start import naming_lost_peers
 from btm.train.engine import DevLoss, Gradients, TensorFiles
-from btm.train.megatron_flat import MOMENTS, FlatSlice
+from btm.train.gathered_tensors import FILES, Files, taken_from_main, tensor_name
+from btm.train.megatron_flat import FlatSlice
 from btm.train.megatron_gpt import GptLosses
 from btm.train.megatron_mapping import Entry, entries_of, join, missing_names, split
 from btm.train.megatron_shape import check_division, frequencies_of, shape_of
 from btm.train.megatron_start import answering_for_cuda, join_mesh
 from btm.train.peak import matmul_peak_of
-from btm.train.ranks import Ranks
+from btm.train.ranks import Ranks, naming_lost_exchanges
 
 _DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
-_FILES = {"model.safetensors": (None,), "optimizer.safetensors": MOMENTS}
 
 
 class MegatronEngine:
@@ -81,7 +80,7 @@ class MegatronEngine:
         self._is_sequence_parallel = config.sequence_parallel
         self._num_targets = 1
         self._norm = 0.0
-        self._to_fill: dict[str, dict[str, torch.Tensor]] = {}
+        self._to_fill: Files = {}
         with self._guarded():
             self._mesh = join_mesh(ranks, config.tensor_parallel)
             self._losses = GptLosses(
@@ -147,16 +146,16 @@ class MegatronEngine:
         They are copies in the memory of the main rank, 12 bytes per weight.
         """
         files: dict[str, dict[str, torch.Tensor]] = {}
-        for file, kinds in _FILES.items():
+        for file, kinds in FILES.items():
             named = ((kind, name, value) for kind in kinds for name, value in self._gathered(kind))
-            files[file] = {_key(kind, name): value for kind, name, value in named}
+            files[file] = {tensor_name(kind, name): value for kind, name, value in named}
         self._to_fill = files
         return files if self.ranks.is_main else {}
 
     def tensors_loaded(self, num_optimizer_steps: int) -> None:
         """See :meth:`btm.train.engine.Engine.tensors_loaded`; the main rank tells the others what it loaded."""
         with self._guarded():
-            for file, kinds in _FILES.items():
+            for file, kinds in FILES.items():
                 for kind in kinds:
                     for entry in self._entries:
                         self._fill(entry, kind, [self._from_main(file, kind, name) for name in entry.sources])
@@ -228,14 +227,7 @@ class MegatronEngine:
                         yield name, value.to("cpu", copy=True)
 
     def _from_main(self, file: str, kind: str | None, name: str) -> torch.Tensor:
-        device = self.ranks.device
-        if self.ranks.is_main:
-            value = self._to_fill[file].pop(_key(kind, name)).to(device)
-        else:
-            value = torch.empty(self._sizes[name], dtype=torch.float32, device=device)
-        if self.ranks.size > 1:
-            dist.broadcast(value, src=0)
-        return value
+        return taken_from_main(self.ranks, self._to_fill[file], tensor_name(kind, name), self._sizes[name])
 
     def _fill(self, entry: Entry, kind: str | None, tensors: list[torch.Tensor]) -> None:
         shards = split(entry, tensors, self._shape, self._mesh.tensor_size)
@@ -251,16 +243,12 @@ class MegatronEngine:
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         """Around everything that Megatron and its exchanges do."""
-        with naming_lost_peers():
+        with naming_lost_exchanges():
             if self._is_sequence_parallel:
                 with answering_for_cuda(self.ranks.device):
                     yield
             else:
                 yield
-
-
-def _key(kind: str | None, name: str) -> str:
-    return name if kind is None else f"{kind}.{name}"
 
 
 def _check_processes(num_processes: int, tensor_parallel: int) -> None:

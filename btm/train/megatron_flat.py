@@ -12,10 +12,10 @@ from torch import nn
 
 from btm.config_train import TrainConfig
 from btm.train.flat import Slot
+from btm.train.gathered_tensors import MOMENTS
 from btm.train.megatron_mapping import Cut, Entry
 from btm.train.megatron_start import Mesh
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _ALIGNMENT = 64
 
 

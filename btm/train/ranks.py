@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 
 from btm.errors import TrainingError
+from moe_kernels.exchange import ExchangeError
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long processes wait for each other."""
+_TRANSPORT = ("gloo", "nccl", "connection", "peer", "socket")
+"""Words in the errors of a broken connection."""
 
 
 class PeerLostError(RuntimeError):
@@ -100,4 +103,21 @@ def naming_lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        raise PeerLostError(f"a process of this group is gone ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def naming_lost_exchanges() -> Iterator[None]:
+    """Tell a broken connection from the other errors that forward, backward and an engine's library can have.
+
+    Raises:
+        PeerLostError: If a process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        is_transport = isinstance(error, dist.DistError) or any(word in text for word in _TRANSPORT)
+        if isinstance(error, PeerLostError) or not (is_transport or isinstance(error, ExchangeError)):
+            raise
         raise PeerLostError(f"a process of this group is gone ({str(error).splitlines()[0]})") from error

@@ -16,14 +16,14 @@ from btm.model.expert_pass import ExpertPass
 from btm.model.loss import IGNORED, loss_sum, token_losses
 from btm.model.patches import prepare_for_training
 from btm.train.engine import DevLoss, Gradients, TensorFiles
-from btm.train.expert_division import ExpertDivision, naming_lost_exchanges
+from btm.train.expert_division import ExpertDivision
 from btm.train.expert_owners import expert_owners, num_experts, step_names
 from btm.train.expert_passes import order_by_expert, passes_of, passes_of_rank
 from btm.train.expert_training import ExpertTraining
 from btm.train.flat import FlatParameters
 from btm.train.flat_adam import FlatAdamW
 from btm.train.peak import matmul_peak_of
-from btm.train.ranks import Ranks
+from btm.train.ranks import Ranks, naming_lost_exchanges
 from moe_kernels.layers import DemixLayer
 
 _MAX_SEED = 2**63

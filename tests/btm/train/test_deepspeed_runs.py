@@ -1,51 +1,24 @@
 """Whole DeepSpeed runs: killed and continued, also by other stages, numbers of processes and engines."""
 
-import os
 import random
-import signal
 import time
-from collections.abc import Callable
 
 import deepspeed_ready  # noqa: F401
 import pytest
-from training_runs import kill, last_checkpoint, log, outcome, rows, run, run_group, start_group, wait, wait_for
+from engine_runs import KILLED, PEER_LOST, by_torch, dying_after, same_curve
+from training_runs import kill, last_checkpoint, log, outcome, run, run_group, start_group, wait, wait_for
 
 from btm.config_model import EngineConfig
 from btm.requests import TrainSpec
-from btm.train.checkpoint import CheckpointStore
 
 pytestmark = pytest.mark.distributed
 SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """Tiny weights are cut up, too."""
-KILLED, PEER_LOST = -signal.SIGKILL, 75
 
 
 def by_deepspeed(spec: TrainSpec, stage: int, world: int, **engine) -> TrainSpec:
     settings = {"dtype": "fp32", "name": "deepspeed", "zero_stage": stage, "num_processes": world, "deepspeed": SMALL}
     return spec.model_copy(update={"engine": EngineConfig(**(settings | engine))})
-
-
-def by_torch(spec: TrainSpec, world: int) -> TrainSpec:
-    return spec.model_copy(update={"engine": EngineConfig(dtype="fp32", num_processes=world)})
-
-
-def dying_after(update: int, victim: int = 0) -> Callable[[int], None]:
-    """Let one rank kill itself as soon as the checkpoint of ``update`` is its turn to be, or has been, written."""
-
-    def prepare(rank: int) -> None:
-        if rank != victim:
-            return
-        original = CheckpointStore.save
-
-        def save(self, number: int, *arguments):
-            path = original(self, number, *arguments)
-            if number == update:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return path
-
-        CheckpointStore.save = save
-
-    return prepare
 
 
 def test_a_run_goes_on_with_other_stages_numbers_of_processes_and_engines(make_spec):
@@ -59,15 +32,6 @@ def test_a_run_goes_on_with_other_stages_numbers_of_processes_and_engines(make_s
         assert last_checkpoint(spec) == update
     assert run_group(by_deepspeed(spec, 3, 2), 2, attempt=9) == [0, 0], log(spec)
     same_curve(spec, reference)
-
-
-def same_curve(spec: TrainSpec, reference: TrainSpec) -> None:
-    for ours, right in zip(rows(spec), rows(reference), strict=True):
-        assert ours.keys() == right.keys()
-        assert list(ours.values()) == pytest.approx(list(right.values()), rel=1e-4)
-    kept = ("realised_tokens", "updates", "num_parameters", "tokens", "flops")
-    results = [outcome(one)["result"] for one in (spec, reference)]
-    assert [results[0][key] for key in kept] == [results[1][key] for key in kept]
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in range(3)), 3])

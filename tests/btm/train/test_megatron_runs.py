@@ -1,63 +1,27 @@
 """Whole Megatron runs: killed and continued, also by other layouts and engines; from and to Hugging Face models."""
 
-import os
 import random
-import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import megatron_ready  # noqa: F401
 import pytest
 import torch
-from training_runs import kill, last_checkpoint, log, outcome, rows, run, run_group, start_group, wait, wait_for
+from engine_runs import KILLED, PEER_LOST, by_torch, dying_after, same_curve
+from training_runs import kill, last_checkpoint, log, outcome, run, run_group, start_group, wait, wait_for
 from transformers import AutoModelForCausalLM
 
 from btm.config_model import EngineConfig, ModelConfig
 from btm.corpus.tokenizer import TextEncoder
 from btm.model.causal_lm import build_model, save_model
 from btm.requests import Start, TrainSpec
-from btm.train.checkpoint import CheckpointStore
 
 pytestmark = pytest.mark.distributed
-KILLED, PEER_LOST = -signal.SIGKILL, 75
 
 
 def by_megatron(spec: TrainSpec, tensor: int, world: int, **engine) -> TrainSpec:
     settings = {"dtype": "fp32", "name": "megatron", "tensor_parallel": tensor, "num_processes": world}
     return spec.model_copy(update={"engine": EngineConfig(**(settings | engine))})
-
-
-def by_torch(spec: TrainSpec, world: int) -> TrainSpec:
-    return spec.model_copy(update={"engine": EngineConfig(dtype="fp32", num_processes=world)})
-
-
-def dying_after(update: int, victim: int = 0) -> Callable[[int], None]:
-    """Let one rank kill itself as soon as it has written the checkpoint of ``update``."""
-
-    def prepare(rank: int) -> None:
-        if rank != victim:
-            return
-        original = CheckpointStore.save
-
-        def save(self, number: int, *arguments):
-            path = original(self, number, *arguments)
-            if number == update:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return path
-
-        CheckpointStore.save = save
-
-    return prepare
-
-
-def same_curve(spec: TrainSpec, reference: TrainSpec) -> None:
-    for ours, right in zip(rows(spec), rows(reference), strict=True):
-        assert ours.keys() == right.keys()
-        assert list(ours.values()) == pytest.approx(list(right.values()), rel=1e-4)
-    kept = ("realised_tokens", "updates", "num_parameters", "tokens", "flops")
-    results = [outcome(one)["result"] for one in (spec, reference)]
-    assert [results[0][key] for key in kept] == [results[1][key] for key in kept]
 
 
 @pytest.mark.slow
