@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 _CHANGES = {"os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate"}
-_CALLS_PER_QUESTION = 20
+_CALLS_PER_QUESTION = 500
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -79,7 +79,7 @@ def at_call(num_calls: int, begun: Callable[[], bool], act: Callable[[], None] =
     """Call ``act`` in the midst of the work: ``num_calls`` calls of functions after ``begun`` holds.
 
     Beginnings and ends of functions are counted, Python's and others', in this thread. ``begun`` is asked at every
-    twentieth, and not any more when it has held.
+    five-hundredth, and not any more when it has held.
     """
     calls, left = count(), None
 

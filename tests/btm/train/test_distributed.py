@@ -1,23 +1,22 @@
 """R6: several processes over gloo compute what one process computes, whatever the micro-batches."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from training_runs import (
+    die_behind_checkpoint,
     fork,
-    kill,
-    last_checkpoint,
+    only,
     outcome,
     rank_environments,
     run,
     run_group,
-    start_group,
     step_dir,
     wait,
-    wait_for,
 )
 
 from btm.config_model import EngineConfig, ModelConfig
@@ -101,8 +100,6 @@ def test_more_processes_than_sequences_end_all_the_same(make_spec):
 
 
 def test_a_process_that_never_comes_back_is_told_apart_from_an_error_of_the_user(make_spec):
-    spec = make_spec(last_update=5000, total_updates=5000, num_processes=2)
-    first, second = start_group(spec, 2)
-    wait_for(lambda: last_checkpoint(spec) >= 5)
-    kill(second)
-    assert wait(first) == 75
+    spec = make_spec(num_processes=2)
+    codes = run_group(spec, 2, before=only(1, lambda: die_behind_checkpoint(spec)))
+    assert codes == [75, -signal.SIGKILL]

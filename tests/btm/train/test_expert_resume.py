@@ -3,23 +3,21 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import (
-    kill,
-    last_checkpoint,
+    die_behind_checkpoint,
     log,
+    only,
     outcome,
     rows,
     run,
     run_group,
-    start_group,
     step_dir,
-    wait,
-    wait_for,
 )
 
 from btm.config_ffn import FfnConfig
@@ -111,13 +109,8 @@ def test_bf16_experts_travel_and_the_saved_model_is_whole(make_spec):
 
 
 def test_l7_a_lost_process_of_an_expert_group_is_told_apart_from_an_error_of_the_user(make_spec):
-    spec = make_spec(
-        "lost", ffn=KINDS["top_k"], num_processes=2, expert_parallel=2, last_update=5000, total_updates=5000
-    )
-    first, second = start_group(spec, 2)
-    wait_for(lambda: last_checkpoint(spec) >= 5)
-    kill(second)
-    assert wait(first) == 75, log(spec)
+    spec = make_spec("lost", ffn=KINDS["top_k"], num_processes=2, expert_parallel=2, last_update=20, total_updates=20)
+    assert run_group(spec, 2, before=only(1, lambda: die_behind_checkpoint(spec))) == [75, -signal.SIGKILL], log(spec)
 
 
 @pytest.mark.slow
@@ -125,10 +118,8 @@ def test_b2_a_killed_group_with_divided_experts_ends_with_the_same_bits(make_spe
     long = {"ffn": KINDS["top_k"], "num_processes": 2, "expert_parallel": 2, "last_update": 60, "total_updates": 60}
     plain, killed = make_spec("plain", checkpoint_every=4, **long), make_spec("killed", checkpoint_every=4, **long)
     run_on(plain)
-    first, second = start_group(killed, 2)
-    wait_for(lambda: last_checkpoint(killed) >= 8)
-    kill(second)
-    assert wait(first) == 75, log(killed)
+    codes = run_group(killed, 2, before=only(1, lambda: die_behind_checkpoint(killed)))
+    assert codes == [75, -signal.SIGKILL], log(killed)
     assert run_group(killed, 2, attempt=1) == [0, 0]
     assert outcome(killed) == outcome(plain)
 

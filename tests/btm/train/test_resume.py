@@ -5,29 +5,29 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from training_runs import (
+    die_behind_checkpoint,
     kill,
     last_checkpoint,
     log,
+    only,
     outcome,
     rows,
     run,
     run_group,
     start,
-    start_group,
     step_dir,
-    wait,
-    wait_for,
 )
 
 from btm.records import TrainResult
 from btm.requests import TrainSpec
+from tests.btm.chosen_moments import at_call, die_at_change
 
+CALLS_PER_UPDATE = 10_000  # of functions, roughly
 LONG = {"last_update": 150, "total_updates": 150, "checkpoint_every": 4}
 
 
@@ -47,17 +47,11 @@ def uninterrupted(make_spec) -> Callable[..., TrainSpec]:
 def test_b2_kills_at_random_moments_change_nothing(make_spec, uninterrupted):
     reference, spec = uninterrupted(**LONG), make_spec(**LONG)
     generator = random.Random(0)
-    kills = 0
-    for _ in range(40):
-        pid, before = start(spec), last_checkpoint(spec)
-        if kills < 6:
-            # Behind the first checkpoint of this attempt, so that the run gets on.
-            wait_for(lambda before=before: last_checkpoint(spec) > before)
-            time.sleep(generator.uniform(0.0, 0.05))
-            kills += kill(pid) == -signal.SIGKILL
-        elif wait(pid) == 0:
-            break
-    assert kills == 6
+    for _ in range(6):
+        # Behind the first checkpoint of this attempt, so that the run gets on; up to five updates later.
+        moment = generator.randrange(5 * CALLS_PER_UPDATE)
+        assert run(spec, before=lambda moment=moment: die_behind_checkpoint(spec, moment)) == -signal.SIGKILL
+    assert run(spec) == 0, log(spec)
     assert outcome(spec) == outcome(reference)
 
 
@@ -98,13 +92,16 @@ def test_b2_kills_of_single_ranks_change_nothing(make_spec, uninterrupted):
     reference, spec = make_spec("uninterrupted", **changes), make_spec(**changes)
     assert run_group(reference, 2) == [0, 0]
     for attempt, victim in enumerate((1, 0, 1)):
-        before = last_checkpoint(spec)
-        pids = start_group(spec, 2, attempt=attempt)
-        wait_for(lambda before=before: last_checkpoint(spec) > before)
-        kill(pids[victim])
-        assert wait(pids[1 - victim]) == 75
+        codes = run_group(spec, 2, before=only(victim, lambda: die_behind_checkpoint(spec)), attempt=attempt)
+        assert (codes[victim], codes[1 - victim]) == (-signal.SIGKILL, 75)
     assert run_group(spec, 2, attempt=9) == [0, 0], log(spec)
     assert outcome(spec) == outcome(reference)
+
+
+def signal_itself(spec: TrainSpec, number: signal.Signals) -> None:
+    """Let this process get a signal in the midst of its training, some updates after its third row of metrics."""
+    path = Path(spec.output_dir) / "metrics.jsonl"
+    at_call(2 * CALLS_PER_UPDATE, lambda: path.exists() and len(rows(spec)) >= 3, lambda: os.kill(os.getpid(), number))
 
 
 @pytest.mark.distributed
@@ -112,10 +109,7 @@ def test_b2_kills_of_single_ranks_change_nothing(make_spec, uninterrupted):
 def test_a_stop_on_request_saves_the_update_and_loses_nothing(make_spec, uninterrupted, number):
     changes = {**LONG, "checkpoint_every": 1000}
     reference, spec = uninterrupted(**changes), make_spec(**changes)
-    pid = start(spec)
-    wait_for(lambda: (Path(spec.output_dir) / "metrics.jsonl").exists() and len(rows(spec)) >= 3)
-    os.kill(pid, number)
-    assert wait(pid) == 143
+    assert run(spec, before=lambda: signal_itself(spec, number)) == 143
     stopped_at = last_checkpoint(spec)
     assert 0 < stopped_at < spec.last_update
     assert not (Path(spec.output_dir) / "result.json").exists()
@@ -131,10 +125,7 @@ def test_a_stop_of_one_rank_stops_all_ranks_at_the_same_update(make_spec):
     changes = {**LONG, "checkpoint_every": 1000, "num_processes": 2}
     reference, spec = make_spec("uninterrupted", **changes), make_spec(**changes)
     assert run_group(reference, 2) == [0, 0]
-    pids = start_group(spec, 2)
-    wait_for(lambda: (Path(spec.output_dir) / "metrics.jsonl").exists() and len(rows(spec)) >= 3)
-    os.kill(pids[1], signal.SIGTERM)
-    assert [wait(pid) for pid in pids] == [143, 143]
+    assert run_group(spec, 2, before=only(1, lambda: signal_itself(spec, signal.SIGTERM))) == [143, 143]
     assert 0 < last_checkpoint(spec) < spec.last_update
     assert run_group(spec, 2, attempt=1) == [0, 0], log(spec)
     assert outcome(spec) == outcome(reference)
@@ -157,10 +148,11 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_made_again(make_spec, unint
 def test_a_finished_run_ends_at_once_and_is_not_touched(make_spec):
     spec = make_spec()
     assert run(spec) == 0
+    said = log(spec)
     before = {path: path.stat().st_mtime_ns for path in Path(spec.output_dir).rglob("*.safetensors")}
-    began = time.monotonic()
-    assert run(spec) == 0
-    assert time.monotonic() - began < 1.0
+    # It would be killed if it so much as took the lock of the directory.
+    assert run(spec, before=lambda: die_at_change(1)) == 0
+    assert log(spec) == said
     assert {path: path.stat().st_mtime_ns for path in Path(spec.output_dir).rglob("*.safetensors")} == before
 
 
@@ -204,9 +196,15 @@ def test_settings_that_do_not_change_what_is_learnt_may_change(make_spec):
 
 
 def test_two_trainings_of_one_directory_are_refused(make_spec):
-    spec = make_spec(last_update=5000, total_updates=5000)
-    pid = start(spec)
-    wait_for(lambda: last_checkpoint(spec) >= 5)
+    spec = make_spec()
+    pid = start(spec, before=lambda: at_call(0, lambda: last_checkpoint(spec) >= 5, pause))
+    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
     assert run(spec) == 1
     assert "another process holds" in log(spec)
-    kill(pid)
+    assert kill(pid) == -signal.SIGKILL
+    assert run(spec) == 0
+
+
+def pause() -> None:
+    """Stop this process until somebody lets it go on."""
+    os.kill(os.getpid(), signal.SIGSTOP)

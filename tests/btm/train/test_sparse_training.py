@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 import torch
 from training_runs import (
+    die_behind_checkpoint,
     fork,
-    kill,
-    last_checkpoint,
     log,
     outcome,
     rank_environments,
     rows,
     run,
-    start,
     wait,
-    wait_for,
 )
 
 from btm.config_ffn import FfnConfig
@@ -248,9 +245,7 @@ def test_a_killed_run_ends_with_the_same_bits(make_spec, ffn):
     long = {"ffn": ffn, "last_update": 150, "total_updates": 150, "checkpoint_every": 4}
     plain, killed = make_spec("plain", **long), make_spec("killed", **long)
     assert run(plain) == 0
-    pid = start(killed)
-    wait_for(lambda: last_checkpoint(killed) >= 5)
-    assert kill(pid) == -signal.SIGKILL
+    assert run(killed, before=lambda: die_behind_checkpoint(killed)) == -signal.SIGKILL
     assert run(killed) == 0
     assert outcome(killed) == outcome(plain)
 
@@ -320,9 +315,7 @@ def test_killed_training_of_auxiliary_routers_ends_with_the_same_bits(make_spec)
     }
     plain, killed = make_spec("plain", **changes), make_spec("killed", **changes)
     assert run(plain) == 0
-    pid = start(killed)
-    wait_for(lambda: last_checkpoint(killed) >= 5)
-    assert kill(pid) == -signal.SIGKILL
+    assert run(killed, before=lambda: die_behind_checkpoint(killed)) == -signal.SIGKILL
     assert run(killed) == 0
     assert outcome(killed) == outcome(plain)
 

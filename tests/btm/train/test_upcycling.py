@@ -1,11 +1,12 @@
 """Upcycling: from one expert per modality to several (systems 5 (e), Upcycle)."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import kill, last_checkpoint, log, outcome, rows, run, start, wait_for
+from training_runs import die_behind_checkpoint, log, outcome, rows, run
 
 from btm.config_ffn import FfnConfig
 from btm.config_model import ModelConfig
@@ -153,9 +154,7 @@ def test_a_killed_upcycled_run_ends_with_the_same_bits(make_spec, trained_seed):
     long = {"last_update": 60, "total_updates": 60, "checkpoint_every": 4}
     plain, killed = (upcycling(make_spec, trained_seed, name, **long) for name in ("plain", "killed"))
     assert run(plain) == 0
-    pid = start(killed)
-    wait_for(lambda: last_checkpoint(killed) >= 5)
-    kill(pid)
+    assert run(killed, before=lambda: die_behind_checkpoint(killed)) == -signal.SIGKILL
     assert run(killed) == 0
     assert outcome(killed) == outcome(plain)
 

@@ -69,6 +69,11 @@ def run_group(spec: TrainSpec, world: int, **options: Any) -> list[int]:
     return [wait(pid) for pid in start_group(spec, world, **options)]
 
 
+def only(victim: int, act: Callable[[], None]) -> Callable[[int], None]:
+    """``before`` of a group in which one rank alone does something first."""
+    return lambda rank: act() if rank == victim else None
+
+
 def kill(pid: int) -> int:
     """End a process as an out-of-memory killer does; returns its exit code."""
     os.kill(pid, signal.SIGKILL)
