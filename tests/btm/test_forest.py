@@ -163,9 +163,9 @@ def test_two_writers_at_once_the_second_is_told(forest):
     with Forest.lock(forest.path):
         process = context.Process(target=_try_lock, args=(forest.path, queue))
         process.start()
-        process.join(20)
-        assert "another process holds" in queue.get(timeout=5)
+        process.join(60)
+        assert "another process holds" in queue.get(timeout=60)
     process = context.Process(target=_try_lock, args=(forest.path, queue))
     process.start()
-    assert queue.get(timeout=20) == "got it"
-    process.join(20)
+    assert queue.get(timeout=60) == "got it"
+    process.join(60)

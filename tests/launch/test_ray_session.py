@@ -27,8 +27,8 @@ os._exit(9)
 """
 WITH_CHILD = """
 import subprocess, sys, time
-subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
-time.sleep(60)
+subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])
+time.sleep(1000)
 """
 
 
@@ -98,7 +98,7 @@ def test_directories_of_killed_owners_are_removed_and_others_stay(parent):
 
 def test_a_directory_that_a_process_still_names_stays(parent):
     left = leave_directory(parent)
-    user = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(left)])
+    user = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", str(left)])
     remove_abandoned(parent)
     assert left.exists()
     user.kill()
@@ -119,7 +119,7 @@ def test_only_children_that_name_the_directory_are_of_the_session(parent):
         found = session.processes()
         assert {process.pid for process in found} == {ours.pid, psutil.Process(ours.pid).children()[0].pid}
         assert end_processes(found, timeout_s=0.1) == 2
-        assert ours.wait(5) is not None
+        assert ours.wait(60) is not None
         assert other.poll() is None
     finally:
         other.kill()
@@ -144,7 +144,7 @@ def test_the_handler_of_term_is_put_back():
 def test_the_guard_clears_up_after_a_killed_owner_and_spares_strangers(parent):
     directory = parent / "private\ndir"
     directory.mkdir()
-    code = "import sys, time; f = open(sys.argv[1] + '/log', 'w'); print(flush=True); time.sleep(60)"
+    code = "import sys, time; f = open(sys.argv[1] + '/log', 'w'); print(flush=True); time.sleep(1000)"
 
     def start(title):
         command = [title, "-c", code, str(directory)]
@@ -158,7 +158,7 @@ def test_the_guard_clears_up_after_a_killed_owner_and_spares_strangers(parent):
     assert directory.exists()
     subprocess.run(guard, input=os.fsencode(directory) + b"\n", check=True)
     assert not directory.exists()
-    assert ours.wait(5) == -signal.SIGKILL
+    assert ours.wait(60) == -signal.SIGKILL
     assert reader.poll() is None
     reader.kill()
     reader.wait()

@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -34,7 +33,7 @@ def executor():
         yield made
 
 
-def python(code, *arguments, timeout_s=60, **env):
+def python(code, *arguments, timeout_s=150, **env):
     programs = str(Path(__file__).parent.parent / "launch" / "programs")
     # The driver's own connection must not leak into another program's environment.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -80,13 +79,20 @@ def test_a_private_ray_is_closed_by_default(executor):
 def test_more_tasks_than_groups_queue_in_order_on_disjoint_cores(executor, tmp_path):
     names = ["a", "b", "c", "d"]
     for name in names:
-        executor.submit(program(tmp_path, name, "sleep", str(tmp_path / name), "0.5", env={"FLAG": name}))
+        arguments = (str(tmp_path / name), str(tmp_path / f"{name} may end"))
+        executor.submit(program(tmp_path, name, "wait for", *arguments, env={"FLAG": name}))
+    for name in names[:2]:
+        facts(tmp_path / name, executor)
+    assert not any((tmp_path / name).exists() for name in names[2:])
+    for name, successor in zip(names[:2], names[2:], strict=True):
+        assert executor.poll()[successor].state is State.queued
+        (tmp_path / f"{name} may end").touch()
+        facts(tmp_path / successor, executor)
+    for name in names[2:]:
+        (tmp_path / f"{name} may end").touch()
     assert {status.state for name, status in finish(executor).items() if name in names} == {State.succeeded}
     seen = [facts(tmp_path / name) for name in names]
     assert [one["flag"] for one in seen] == names
-    starts = [one["start"] for one in seen]
-    assert max(starts[:2]) < min(starts[2:])
-    assert starts[2] - min(starts[:2]) >= 0.5
     assert all(one["ray"] == [] for one in seen)
     if len(available_cores()) >= 2:
         assert set(seen[0]["cores"]).isdisjoint(seen[1]["cores"])
@@ -118,7 +124,7 @@ def test_a_killed_actor_takes_its_processes_along_and_the_task_can_restart(execu
     actor = psutil.Process(pid).parent().parent()
     assert "Supervisor" in " ".join(actor.cmdline())
     actor.kill()
-    until(lambda: is_gone(pid), timeout_s=5)
+    until(lambda: is_gone(pid))
     status = finish(executor)["orphan"]
     assert status.state is State.failed
     assert "actor" in status.reason
@@ -130,10 +136,13 @@ def test_cancel(executor, tmp_path):
     executor.submit(program(tmp_path, "runs", "stubborn", str(tmp_path / "runs"), num_cpus=2))
     executor.submit(program(tmp_path, "waits", "note", str(tmp_path / "waits")))
     pid = facts(tmp_path / "runs", executor)["pid"]
-    begin = time.monotonic()
     executor.cancel("waits")
+    executor.cancel("runs", grace_s=1000)
+    # It did not wait for the grace: the process only notes TERM.
+    until((tmp_path / "runs.term").exists)
+    assert not is_gone(pid)
+    assert executor.poll()["runs"].state is State.running
     executor.cancel("runs", grace_s=0.3)
-    assert time.monotonic() - begin < 0.3
     statuses = finish(executor)
     assert (statuses["runs"].state, statuses["waits"].state) == (State.cancelled, State.cancelled)
     assert is_gone(pid)
@@ -231,5 +240,5 @@ def test_nothing_survives_a_killed_driver(tmp_path):
     driver.kill()
     driver.wait()
     for pid in pids:
-        until(lambda pid=pid: is_gone(pid), timeout_s=10)
+        until(lambda pid=pid: is_gone(pid))
     assert not token.parent.exists()

@@ -1,10 +1,10 @@
 import random
-import time
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from btm.corpus import dedup
 from btm.corpus.dedup import DocumentSet, Fate, decide_fates, near_copies, repeated, split_of
 from btm.corpus.shingles import signatures
 from btm.corpus.survey import text_hash
@@ -112,22 +112,23 @@ def test_near_copies_finds_what_comparing_all_pairs_finds():
     assert not near_copies(queries, references, rows[:0], 0.7).any()
 
 
-def test_repetitive_text_costs_no_quadratic_time():
+def test_repetitive_text_costs_no_quadratic_time(monkeypatch):
+    """All references share every band with every query: 64 of them are compared, not 50,000."""
+    compared = 0
+
+    def counted(*arguments):
+        nonlocal compared
+        for query, reference in pairs(*arguments):
+            compared += len(query)
+            yield query, reference
+
+    pairs = dedup._pairs
+    monkeypatch.setattr(dedup, "_pairs", counted)
     same = np.repeat(signatures([prose(1).encode()]), 50_000, axis=0)
     half = same.copy()
     half[:, 64:] = np.random.default_rng(0).integers(0, 256, (50_000, 64))
-    began = time.perf_counter()
-    assert not near_copies(half[:2000], same, np.arange(50_000), 0.8).any()
-    assert near_copies(same[:2000], same, np.arange(50_000), 0.8).all()
-    assert time.perf_counter() - began < 10
-
-
-def test_thirty_megabytes_take_well_under_a_minute():
-    rng = np.random.default_rng(0)
-    words = np.array([f"word{number}" for number in range(5000)])
-    texts = [" ".join(rng.choice(words, 380)).encode() for _ in range(1000)]
-    began = time.process_time()
-    found = signatures(texts)
-    seconds = time.process_time() - began
-    assert seconds * 30e6 / sum(map(len, texts)) < 20
-    assert found.shape == (1000, 128)
+    assert not near_copies(half[:200], same, np.arange(50_000), 0.8).any()
+    assert 200 * 64 * 16 <= compared <= 200 * 64 * 32
+    compared = 0
+    assert near_copies(same[:200], same, np.arange(50_000), 0.8).all()
+    assert compared == 200 * 64

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +5,7 @@ from hypothesis import strategies as st
 
 from btm.config_train import Packing
 from btm.corpus.mixture import MixtureSchedule, cycle_counts
+from btm.corpus.randomness import permutation
 from btm.corpus.sampler import BatchSampler, open_source, part_documents
 from btm.corpus.shards import ShardWriter
 from btm.errors import DataError
@@ -205,13 +204,20 @@ def test_faults_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("packing", list(Packing))
-def test_drawing_costs_little(tmp_path, packing):
-    lengths = np.random.default_rng(0).integers(20, 2000, 3000)
-    made = sampler([source(tmp_path, "law", lengths)], sequence_length=512, batch_sequences=32, packing=packing)
-    made.batch(0)
-    times = []
-    for update in range(1, 11):
-        began = time.perf_counter()
-        made.batch(update)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.05, f"16,384 tokens took {min(times):.4f} s"
+def test_the_order_of_an_epoch_is_drawn_once(tmp_path, monkeypatch, packing):
+    """Drawing costs what the batch is large, not what the corpus is."""
+    orders = []
+
+    def counted(key, count):
+        orders.append(key)
+        return permutation(key, count)
+
+    monkeypatch.setattr("btm.corpus.packing.permutation", counted)
+    lengths = np.random.default_rng(0).integers(20, 200, 100)
+    made = sampler([source(tmp_path, "law", lengths)], sequence_length=64, batch_sequences=8, packing=packing)
+    packings, drawn, update = len(orders), 0, 0
+    while drawn < 2.5 * lengths.sum():
+        drawn += sum(made.batch(update).domain_tokens.values())
+        update += 1
+    assert update > 40
+    assert len(orders) - packings == len(set(orders[packings:])) == 3

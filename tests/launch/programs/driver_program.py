@@ -25,7 +25,8 @@ def main(kind: str, folder: Path) -> None:
             time.sleep(0.02)
     except KeyboardInterrupt:
         (folder / "interrupted").write_text(executor.poll()["first"].state, encoding="utf-8")
-        time.sleep(0.3)
+        while not (folder / "go on").exists():
+            time.sleep(0.01)
     finally:
         executor.close()
 

@@ -41,6 +41,13 @@ def sleep(path: str, seconds: str) -> None:
     time.sleep(float(seconds))
 
 
+def wait_for(path: str, permission: str) -> None:
+    """End as soon as there is a file ``permission``."""
+    note(path)
+    while not Path(permission).exists():
+        time.sleep(0.01)
+
+
 def say(text: str) -> None:
     print(text)
     print("to stderr", file=sys.stderr)
@@ -61,18 +68,19 @@ def leak(text: str) -> None:
 
 def tree(path: str) -> None:
     """Start a helper and wait with it."""
-    helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     Path(f"{path}.helper").write_text(str(helper.pid), encoding="utf-8")
-    sleep(path, "100")
+    sleep(path, "1000")
 
 
 def stubborn(path: str) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sleep(path, "100")
+    """Answer TERM by a file ``<path>.term`` alone."""
+    signal.signal(signal.SIGTERM, lambda *_: Path(f"{path}.term").touch())
+    sleep(path, "1000")
 
 
 def one_fails(path: str) -> None:
-    """Rank 1 fails as soon as rank 0, which does not care for TERM, is up."""
+    """Rank 1 fails as soon as rank 0, which TERM does not end, is up."""
     if os.environ["RANK"] == "0":
         stubborn(path)
     while not Path(path).exists():
@@ -97,6 +105,7 @@ ACTIONS = {
     "note": note,
     "note by rank": lambda path: note(path + os.environ["RANK"]),
     "sleep": sleep,
+    "wait for": wait_for,
     "say": say,
     "exit": lambda code: sys.exit(int(code)),
     "raise": fail,

@@ -11,7 +11,7 @@ import psutil
 from launch.task import Executor, Status, Task
 
 
-def until(condition: Callable[[], Any], *, timeout_s: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], *, timeout_s: float = 60.0) -> Any:
     """Return the first true value of ``condition``."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -22,7 +22,7 @@ def until(condition: Callable[[], Any], *, timeout_s: float = 20.0) -> Any:
     raise AssertionError(f"{condition} did not come true in {timeout_s} s")
 
 
-def finish(executor: Executor, *, timeout_s: float = 40.0) -> Mapping[str, Status]:
+def finish(executor: Executor, *, timeout_s: float = 120.0) -> Mapping[str, Status]:
     """Poll until every task has ended."""
 
     def final() -> Mapping[str, Status] | None:
