@@ -149,6 +149,13 @@ class FlatParameters:
         return take
 
 
+def sum_of_squares(values: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of fp32 ``values`` (N,), as an fp64 scalar, without a copy of them in fp64."""
+    border = len(values) // _NORM_CHUNK * _NORM_CHUNK
+    parts = torch.linalg.vector_norm(values[:border].view(-1, _NORM_CHUNK), dim=1).double().square()
+    return parts.sum() + torch.linalg.vector_norm(values[border:], dtype=torch.float64).square()
+
+
 def _ordered(model: nn.Module, owners: Owners, local: Collection[str]) -> list[tuple[str, nn.Parameter]]:
     """Parameters so that spans are few: local before common, matrices first, shared before frozen before owned ones."""
 

@@ -129,7 +129,8 @@ class MegatronEngine:
         with self._guarded(), torch.no_grad():
             for begin in range(mesh.data_rank * count, len(windows.inputs), mesh.data_size * count):
                 targets = self._tensor(windows.targets[begin : begin + count])
-                losses = self._losses(self._tensor(windows.inputs[begin : begin + count]), targets, None)
+                inputs = self._tensor(windows.inputs[begin : begin + count])
+                losses = self._losses(inputs, targets, None, by_token=True)
                 total[0] += losses.double().sum()
                 total[1] += (targets >= 0).sum()
         self._losses.train()
@@ -203,7 +204,7 @@ class MegatronEngine:
         for begin in range(0, len(rows.inputs), count):
             part = rows.part(slice(begin, begin + count))
             segments = None if part.input_segments is None else self._tensor(part.input_segments)
-            loss = self._losses(self._tensor(part.inputs), self._tensor(part.targets), segments).sum()
+            loss = self._losses(self._tensor(part.inputs), self._tensor(part.targets), segments)
             loss.backward()
             total += loss.detach()
         return total

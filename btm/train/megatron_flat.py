@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from btm.config_train import TrainConfig
-from btm.train.flat import Slot
+from btm.train.flat import Slot, sum_of_squares
 from btm.train.gathered_tensors import MOMENTS
 from btm.train.megatron_mapping import Cut, Entry
 from btm.train.megatron_start import Mesh
@@ -106,7 +106,7 @@ class FlatSlice:
             dist.reduce_scatter_tensor(self._own_gradients, self.gradients, group=self._mesh.data_group)
         copied = max(0, min(self._copied.start - self._own.start, len(self._own_gradients)))
         counted = self._own_gradients if self._mesh.tensor_rank == 0 else self._own_gradients[:copied]
-        return torch.linalg.vector_norm(counted, dtype=torch.float64).square()
+        return sum_of_squares(counted)
 
     def step(self, learning_rate: float, gradient_divisor: float) -> None:
         """Step on this process's stretch and exchange the new weights. Collective.

@@ -1,5 +1,6 @@
 """Megatron-Core's ``GPTModel`` for one process, and the loss over a vocabulary that is shared out.
 
+Megatron's own loss holds the logits of all tokens, in fp32; here they are made and used chunk by chunk.
 The model is built from the layers of Megatron's that run everywhere and from :mod:`btm.train.megatron_modules`; with a
 GPU and Transformer Engine installed, linear layers and attention are that library's.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from btm.model.linear_cross_entropy import linear_cross_entropy_rows, linear_cross_entropy_sum
 from btm.model.loss import IGNORED
 from btm.train.megatron_modules import (
     CausalAttention,
@@ -25,6 +27,7 @@ from btm.train.megatron_modules import (
 )
 from btm.train.megatron_shape import GptShape, QueryKeyNorm
 from btm.train.megatron_start import Mesh, imported, quiet
+from btm.train.shared_vocabulary import SharedVocabulary
 
 
 class GptLosses(nn.Module):
@@ -52,10 +55,12 @@ class GptLosses(nn.Module):
         """
         super().__init__()
         transformer_config = imported("megatron.core.transformer").TransformerConfig
-        self._entropy = imported("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
         rows = shape.padded_vocabulary(mesh.tensor_size)
-        per_rank = rows // mesh.tensor_size
-        self._num_real = min(per_rank, max(0, shape.vocabulary - mesh.tensor_rank * per_rank))
+        self._vocabulary = None
+        if mesh.tensor_size > 1:
+            first = mesh.tensor_rank * (rows // mesh.tensor_size)
+            self._vocabulary = SharedVocabulary(first, shape.vocabulary, mesh.tensor_group)
+        self._is_tied, self._is_sequence_parallel = shape.is_tied, is_sequence_parallel
         with quiet():
             config = transformer_config(
                 num_layers=shape.num_layers,
@@ -90,7 +95,7 @@ class GptLosses(nn.Module):
                 position_embedding_type="rope",
             )
         self.gpt.rotary_pos_emb = RotaryAngles(frequencies.to(device))
-        self.gpt.compute_language_model_loss = self._losses
+        self.gpt.post_process = False  # it returns the last hidden states
         if shape.padding_token is not None:
             part = (mesh.tensor_rank, mesh.tensor_size) if is_sequence_parallel else None
             self.gpt.embedding.word_embeddings.register_forward_hook(FixedRow(shape.padding_token, part))
@@ -102,23 +107,40 @@ class GptLosses(nn.Module):
             inputs: int64 [B, T], the same on all tensor-parallel processes.
             segments: int [B, T] document of each token, or None.
         """
-        return self._without_padding(self.gpt(inputs, None, segments))
+        logits = self._hidden(inputs, segments).transpose(0, 1) @ self._head.t()
+        return logits if self._vocabulary is None else self._vocabulary.without_padding(logits)
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
-        """Loss of each token, fp32 [B, T] nats, 0 where the target is -100; the same on tensor-parallel processes."""
-        return self.gpt(inputs, None, segments, labels=targets)
+    def forward(
+        self, inputs: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None, by_token: bool = False
+    ) -> torch.Tensor:
+        """Sum of the losses of all targets but those of -100, fp32 nats; the same on tensor-parallel processes.
 
-    def _losses(self, targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """What Megatron's model calls for the loss, with targets [B, T] and logits [T, B, rows / tensor_size]."""
-        is_scored = targets != IGNORED
-        known = targets.masked_fill(~is_scored, 0).t().contiguous()
-        return self._entropy(self._without_padding(logits), known).t() * is_scored
+        With ``by_token`` the loss of each, [B, T], without gradients.
+        """
+        hidden, known = self._hidden(inputs, segments), targets.t()
+        kept = known != IGNORED
+        rows = hidden.flatten(0, 1) if bool(kept.all()) else hidden[kept]
+        losses = None if self._vocabulary is None else self._vocabulary.losses
+        if not by_token:
+            return linear_cross_entropy_sum(rows, self._head, known[kept], losses)
+        result = torch.zeros(known.shape, dtype=torch.float32, device=known.device)
+        result[kept] = linear_cross_entropy_rows(rows, self._head, known[kept], losses)
+        return result.t()
 
-    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        if self._num_real == logits.shape[-1]:
-            return logits
-        is_padding = torch.arange(logits.shape[-1], device=logits.device) >= self._num_real
-        return logits.masked_fill(is_padding, float("-inf"))
+    @property
+    def _head(self) -> torch.Tensor:
+        """This process's rows of the output head, [rows / tensor_size, C]."""
+        return (self.gpt.embedding.word_embeddings if self._is_tied else self.gpt.output_layer).weight
+
+    def _hidden(self, inputs: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+        """Last hidden states of all tokens, [T, B, C]; their gradient is the sum over tensor-parallel processes."""
+        hidden = self.gpt(inputs, None, segments)
+        if self._vocabulary is None:
+            return hidden
+        mappings = imported("megatron.core.tensor_parallel.mappings")
+        if self._is_sequence_parallel:
+            return mappings.gather_from_sequence_parallel_region(hidden)
+        return mappings.copy_to_tensor_model_parallel_region(hidden)
 
 
 def _block_spec(shape: GptShape, mesh: Mesh, device: torch.device) -> Any:
