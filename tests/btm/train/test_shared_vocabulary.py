@@ -35,7 +35,7 @@ def work(path: Path) -> None:
         (loss * 0.5).backward()
         dist.all_reduce(hidden.grad)
         rows = linear_cross_entropy_rows(hidden, own, targets, shared.losses)
-        with pytest.raises(ValueError, match="0 ... 4"):
+        with pytest.raises(ValueError, match="got 5"):
             shared.losses(torch.zeros(1, PART), torch.tensor([VOCABULARY]), False)
         torch.save((loss.detach(), rows, hidden.grad, own.grad), path / f"{ranks.rank}.pt")
 
