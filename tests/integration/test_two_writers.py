@@ -1,13 +1,31 @@
 """Two processes that change one forest at the same time."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 from btm.forest import Forest, file_hashes
+from tests.conftest import run_btm
+
+ROOT = Path(__file__).parents[2]
+PAUSED = """
+import os, signal, sys
+from tests.btm.chosen_moments import at_change
+from btm.cli import main
+
+def holds_the_lock():
+    descriptors = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    return any(os.readlink(path).endswith("forest.lock") for path in descriptors if os.path.exists(path))
+
+at_change(holds_the_lock, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+sys.exit(main())
+"""
+"""`btm`, stopped before its first change of a file while it has the forest's lock."""
 
 
 def test_of_two_adds_at_once_one_joins_and_the_other_is_told(forest, corpora, tmp_path):
@@ -17,19 +35,19 @@ def test_of_two_adds_at_once_one_joins_and_the_other_is_told(forest, corpora, tm
     other = tmp_path / "other.jsonl"
     stdlib = sorted(Path(sysconfig.get_path("stdlib")).glob("[n-z]*.py"))
     other.write_text("".join(json.dumps({"text": path.read_text("utf-8")}) + "\n" for path in stdlib[:40]))
-    texts = {"mail": corpora / "mail.jsonl", "other": other}
-    add = [sys.executable, "-m", "btm.cli", "add", f"forest={folder}", "data.on_error=skip"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = {
-        domain: subprocess.Popen([*add, f"domain={domain}", f"data.path={text}"], cwd=tmp_path, **pipes)
-        for domain, text in texts.items()
-    }
-    said = {domain: process.communicate(timeout=170) for domain, process in running.items()}
-    codes = {domain: process.returncode for domain, process in running.items()}
-    assert sorted(codes.values()) == [0, 1], said
-    winner, loser = sorted(codes, key=lambda domain: codes[domain])
-    assert f"another process holds {folder / 'forest.lock'}; wait for it to end" in said[loser][1]
-    assert "Traceback" not in said[loser][1]
+    add = ("add", f"forest={folder}", "data.on_error=skip")
+    winner, loser = "mail", "other"
+    first = subprocess.Popen(
+        [sys.executable, "-c", PAUSED, *add, f"domain={winner}", f"data.path={corpora / 'mail.jsonl'}"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
+    second = run_btm(*add, f"domain={loser}", f"data.path={other}", cwd=tmp_path, check=False)
+    first.send_signal(signal.SIGCONT)
+    said = first.communicate(timeout=170)[1]
+    assert (first.returncode, second.returncode) == (0, 1), said + second.stderr
+    assert f"another process holds {folder / 'forest.lock'}; wait for it to end" in second.stderr
+    assert "Traceback" not in second.stderr
     after = Forest.open(folder)
     assert after.domains == ["code", "docs", winner]
     assert after.damages() == []

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.process import (
@@ -91,6 +91,7 @@ def test_a_thread_count_of_the_task_wins():
     assert (spec.num_threads, spec.env["OMP_NUM_THREADS"], spec.is_forked) == (5, "5", True)
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(st.text(), st.text()), max_size=5), st.integers(1, 7))
 def test_messages_come_out_as_they_went_in(messages, chunk):
     data = b"".join(encode(message) for message in messages)

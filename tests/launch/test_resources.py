@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.resources import (
@@ -52,6 +52,7 @@ def test_gpus_are_listed_without_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2), st.booleans()), max_size=30))
 def test_no_core_or_gpu_is_ever_given_twice(requests):
     pool = ResourcePool(range(6), ("a", "b", "c"), num_groups=4)

@@ -9,11 +9,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+_ANSWER_S = 100
+"""Guards against hanging alone: more than the slowest machine needs."""
 
-def _child(function, rank, world, path, timeout_s, queue):
+
+def _child(function, rank, world, path, queue):
     torch.set_num_threads(1)
     try:
-        options = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=timeout_s)}
+        options = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=_ANSWER_S)}
         dist.init_process_group("gloo", init_method=f"file://{path}", **options)
         result = io.BytesIO()  # bytes, because tensors in a queue need their sender alive
         torch.save(function(rank, world), result)
@@ -25,23 +28,23 @@ def _child(function, rank, world, path, timeout_s, queue):
         queue.join_thread()
 
 
-def run_processes(function, world, folder, *, timeout_s=30):
+def run_processes(function, world, folder):
     """Results of ``function(rank, world)`` in the order of the ranks; raises with the traceback of a failed rank."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     path = folder / f"rendezvous-{world}"
     path.unlink(missing_ok=True)
-    arguments = [(function, rank, world, path, timeout_s, queue) for rank in range(world)]
+    arguments = [(function, rank, world, path, queue) for rank in range(world)]
     children = [context.Process(target=_child, args=each, daemon=True) for each in arguments]
     for child in children:
         child.start()
     results, errors = {}, {}
     try:
         for _ in children:
-            rank, result, error = queue.get(timeout=60)
+            rank, result, error = queue.get(timeout=_ANSWER_S)
             results[rank], errors[rank] = result, error
     except queue_module.Empty:
-        errors[-1] = "a rank did not answer within 60 seconds"
+        errors[-1] = f"a rank did not answer within {_ANSWER_S} seconds"
     for child in children:
         child.join(10)
         if child.is_alive():

@@ -29,7 +29,6 @@ def note(path: str, *_: str) -> None:
         "ray": sorted(name for name in os.environ if name.startswith("RAY_")),
         "flag": os.environ.get("FLAG"),
         "modules": sorted(name for name in sys.modules if "." not in name),
-        "start": time.time(),
     }
     temporary = Path(f"{path}.{os.getpid()}")
     temporary.write_text(json.dumps(facts), encoding="utf-8")
