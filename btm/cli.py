@@ -9,11 +9,14 @@ checked before Hydra sees them, so that an unknown key (also with ``+``) names t
 0 done, 1 an error to repair, 2 a wrong configuration, 130 stopped by the user.
 """
 
+import atexit
+import contextlib
 import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -166,8 +169,37 @@ def _run_hydra(verb: str, overrides: list[str]) -> None:
                 raise
             _fail(BtmError(f"{error.filename}: {error.strerror}; choose another path, or repair what hinders this one"))
 
+    def job(composed: DictConfig) -> None:
+        with _noticed_by_slurm():
+            application(composed)
+
     sys.argv = [f"btm {verb}", *overrides]
-    hydra.main(config_path=str(_CONFIG_DIR), config_name="btm", version_base="1.3")(application)()
+    hydra.main(config_path=str(_CONFIG_DIR), config_name="btm", version_base="1.3")(job)()
+
+
+@contextlib.contextmanager
+def _noticed_by_slurm() -> Iterator[None]:
+    """In a job of Hydra's submitit launcher: let the job end with the exit code of what ran in it.
+
+    The launcher hands an exception to whoever submitted the sweep, as a result, and ends with 0, which Slurm calls
+    COMPLETED; a ``SystemExit`` it does not hand over at all, and who has no accounting would wait for ever.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if "SUBMITIT_EXECUTOR" not in os.environ or not code:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        atexit.register(_end_with, code if isinstance(code, int) else 1)
+        raise RuntimeError(f"the job of this run ended with exit code {code}; its log says why") from None
+
+
+def _end_with(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _configuration(verb: str, raw: dict[str, Any], overrides: list[str]) -> Any:

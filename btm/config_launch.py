@@ -47,6 +47,8 @@ class SlurmConfig(Model):
     """Cores that the seed, the dense model and the preparation take; null is ``cpus_per_elm``."""
     gpus_per_node: int | None = Field(default=None, ge=0)
     """GPUs that the seed and the dense model take; null is ``gpus_per_elm``."""
+    num_nodes: int | None = Field(default=None, ge=1)
+    """Nodes that the seed, the dense and the sparse model train on, each with what the two keys above say; null is ``nodes_per_elm``."""
     more: list[str] = []
     """Further options of sbatch, such as ``--constraint=a100`` or ``--mem=64G``."""
 
@@ -58,6 +60,8 @@ class GroupSize:
     num_cpus: int
     num_gpus: int
     num_processes: int
+    num_nodes: int = 1
+    """Nodes that share them out equally."""
 
 
 class GroupConfig(Model):
@@ -69,6 +73,8 @@ class GroupConfig(Model):
     """Cores of each of them; null is ``launch.cpus_per_elm``, or ``num_processes`` where that is more."""
     gpus_per_elm: int | None = Field(default=None, ge=0)
     """GPUs of each of them; null is ``launch.gpus_per_elm``."""
+    nodes_per_elm: int | None = Field(default=None, ge=1)
+    """Nodes of each of them; null is ``launch.nodes_per_elm``."""
     num_processes: int | None = Field(default=None, ge=1)
     """Data-parallel processes of each of them; null is one per GPU, or ``engine.num_processes``."""
 
@@ -82,6 +88,8 @@ class LaunchConfig(Model):
     """Cores of one ELM's group."""
     gpus_per_elm: int = Field(default=0, ge=0)
     """GPUs of one ELM's group."""
+    nodes_per_elm: int = Field(default=1, ge=1)
+    """Nodes that share out cores, GPUs and processes of one ELM equally; more than 1 needs Slurm, or Ray on a cluster."""
     groups: dict[str, GroupConfig] = {}
     """Any name -> ELMs of another size than the others, such as ``launch.groups.large={elms: [code], gpus_per_elm: 8}``."""
     num_groups: int | None = Field(default=None, ge=1)
@@ -106,10 +114,38 @@ class LaunchConfig(Model):
         """
         group = next((group for group in self.groups.values() if elm in group.elms), None)
         gpus = self.gpus_per_elm if group is None or group.gpus_per_elm is None else group.gpus_per_elm
+        nodes = self.nodes_per_elm if group is None else group.nodes_per_elm or self.nodes_per_elm
         asked = None if group is None else group.num_processes
         processes = asked or max(gpus, num_processes)
         cpus = self.cpus_per_elm if group is None else group.cpus_per_elm or max(self.cpus_per_elm, processes)
-        return GroupSize(num_cpus=cpus, num_gpus=gpus, num_processes=processes)
+        return GroupSize(num_cpus=cpus, num_gpus=gpus, num_processes=processes, num_nodes=nodes)
+
+    @property
+    def cpus_on_one_node(self) -> int:
+        """Cores of what runs on one node only, where ELMs may have several."""
+        return max(1, self.cpus_per_elm // self.nodes_per_elm)
+
+
+def node_problems(launch: LaunchConfig, *, num_processes: int) -> list[str]:
+    """List what the nodes of an ELM cannot share out equally, worded for the user.
+
+    Args:
+        launch: Holds the sizes.
+        num_processes: ``engine.num_processes``.
+    """
+    named = {"launch.nodes_per_elm": ""} | {
+        f"launch.groups.{name}.nodes_per_elm": group.elms[0] for name, group in launch.groups.items() if group.elms
+    }
+    problems = []
+    for key, elm in named.items():
+        size = launch.size_of(elm, num_processes=num_processes)
+        shared = {"processes": size.num_processes, "cores": size.num_cpus, "GPUs": size.num_gpus}
+        problems += [
+            f"{key}={size.num_nodes} must divide the {count} {what} of an ELM, so that its nodes have equally many"
+            for what, count in shared.items()
+            if count % size.num_nodes
+        ]
+    return problems
 
 
 def group_problems(launch: LaunchConfig, *, num_processes: int, tensor_parallel: int = 1) -> list[str]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from btm.config import Config
 from btm.config_ffn import SWIGLU_ARCHITECTURES, FfnLayer, ffn_problems
-from btm.config_launch import group_problems
+from btm.config_launch import group_problems, node_problems
 from btm.config_merge import MergeMethodName
 from btm.config_model import engine_problems
 from btm.config_train import BranchOptimizer, BranchSource
@@ -179,6 +179,7 @@ def _other_problems(config: Config) -> list[str]:
     problems += group_problems(
         config.launch, num_processes=config.engine.num_processes, tensor_parallel=config.engine.tensor_parallel
     )
+    problems += node_problems(config.launch, num_processes=config.engine.num_processes)
     processes = max(config.launch.gpus_per_elm, config.engine.num_processes)
     problems += engine_problems(
         config.engine, is_sparse=config.ffn.is_sparse, num_processes=processes, model=config.model

@@ -36,6 +36,7 @@ class Resources(Model):
     num_processes: int
     num_cpus: int
     num_gpus: int
+    num_nodes: int = 1
 
 
 class ExportedTask(StoredModel):

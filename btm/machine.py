@@ -16,8 +16,12 @@ def machine(config: Config) -> Machine:
     launch = config.launch
     if launch.executor is ExecutorName.slurm:
         slurm_options(config)
-        cpus, gpus = launch.slurm.cpus_per_node, launch.slurm.gpus_per_node
-        return Machine(num_cpus=cpus or launch.cpus_per_elm, num_gpus=launch.gpus_per_elm if gpus is None else gpus)
+        nodes = launch.slurm.num_nodes or launch.nodes_per_elm
+        cpus, gpus = launch.slurm.cpus_per_node or launch.cpus_on_one_node, launch.slurm.gpus_per_node
+        gpus = launch.gpus_per_elm // launch.nodes_per_elm if gpus is None else gpus
+        return Machine(num_cpus=nodes * cpus, num_gpus=nodes * gpus, num_nodes=nodes)
+    if launch.nodes_per_elm > 1 and launch.executor is ExecutorName.ray and launch.ray_address:
+        return Machine(num_cpus=launch.cpus_per_elm, num_gpus=launch.gpus_per_elm, num_nodes=launch.nodes_per_elm)
     if launch.num_groups and launch.executor is ExecutorName.ray and launch.ray_address:
         groups = launch.num_groups
         return Machine(num_cpus=groups * launch.cpus_per_elm, num_gpus=groups * launch.gpus_per_elm)
@@ -25,14 +29,14 @@ def machine(config: Config) -> Machine:
     problems = [
         f"launch.{key} must be at most {have} on this machine, got {wanted}"
         for key, wanted, have in (
-            ("cpus_per_elm", launch.cpus_per_elm, here.num_cpus),
-            ("gpus_per_elm", launch.gpus_per_elm, here.num_gpus),
+            ("cpus_per_elm", launch.cpus_on_one_node, here.num_cpus),
+            ("gpus_per_elm", launch.gpus_per_elm // launch.nodes_per_elm, here.num_gpus),
         )
         if wanted > have
     ]
     for elm in (elm for group in launch.groups.values() for elm in group.elms):
         size = launch.size_of(elm, num_processes=config.engine.num_processes)
-        if size.num_cpus > here.num_cpus or size.num_gpus > here.num_gpus:
+        if size.num_cpus // size.num_nodes > here.num_cpus or size.num_gpus // size.num_nodes > here.num_gpus:
             problems.append(
                 f"launch.groups asks for {size.num_cpus} cores and {size.num_gpus} GPUs for {elm!r}, this machine has "
                 f"{here.num_cpus} and {here.num_gpus}"

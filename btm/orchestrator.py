@@ -274,6 +274,7 @@ def make_task(step: Step, spec: SpecModel | None, context: Context) -> Task:
         num_processes=step.num_processes,
         num_cpus=step.num_cpus,
         num_gpus=step.num_gpus,
+        num_nodes=step.num_nodes,
     )
 
 

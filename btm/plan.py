@@ -14,6 +14,7 @@ Steps name what they need; the orchestrator starts whatever is ready. A step's n
 weights) is known only then.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -23,6 +24,7 @@ from btm.config import Config
 from btm.config_ffn import FfnLayer
 from btm.config_launch import GroupSize
 from btm.config_merge import MergeMethodName
+from btm.config_model import EngineConfig
 from btm.config_train import BranchSource
 from btm.errors import ConfigError
 from btm.records import TRAINING_ROUTING
@@ -54,6 +56,8 @@ class Step:
     num_processes: int = 1
     num_cpus: int = 1
     num_gpus: int = 0
+    num_nodes: int = 1
+    """Nodes that share out processes, cores and GPUs equally."""
     tokens: int = 0
     """Tokens trained on or scored."""
     updates: int = 0
@@ -63,10 +67,17 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What the executor can give out."""
+    """What the executor can give out to one step."""
 
     num_cpus: int
     num_gpus: int = 0
+    num_nodes: int = 1
+    """Nodes that these are on, equally many on each."""
+
+    @property
+    def cpus_per_node(self) -> int:
+        """Cores that a step on one node can have."""
+        return self.num_cpus // self.num_nodes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +116,7 @@ def plan_run(given: PlanInput) -> list[Step]:
         return [*_sparse_training(given), *plan_evaluation(given)]
     updates = given.updates
     steps = [
-        Step(name="prepare", kind=StepKind.prepare, num_cpus=given.machine.num_cpus),
+        Step(name="prepare", kind=StepKind.prepare, num_cpus=given.machine.cpus_per_node),
         _train_step(given, "seed", ("prepare",), updates.seed, updates.batch_sequences, whole_machine=True),
     ]
     for domain in given.domains:
@@ -128,7 +139,7 @@ def plan_add(given: PlanInput, domain: str, *, num_original_domains: int) -> lis
     if given.config.ffn.is_sparse:
         return _sparse_addition(given, domain, divide_updates(given.config.train, num_original_domains))
     source = given.config.branch.source
-    steps = [Step(name=f"prepare/{domain}", kind=StepKind.prepare, num_cpus=given.machine.num_cpus)]
+    steps = [Step(name=f"prepare/{domain}", kind=StepKind.prepare, num_cpus=given.machine.cpus_per_node)]
     needs: tuple[str, ...] = (steps[0].name,)
     if source in (BranchSource.nearest, BranchSource.posterior):
         steps += [_score_step(given, f"branch/{domain}/{elm}", needs, 1) for elm in given.domains]
@@ -200,7 +211,7 @@ def _sparse_training(given: PlanInput) -> list[Step]:
     updates = given.updates
     names = ["sparse", *(["dense"] if given.config.baselines.dense else [])]
     steps = [
-        Step(name="prepare", kind=StepKind.prepare, num_cpus=given.machine.num_cpus),
+        Step(name="prepare", kind=StepKind.prepare, num_cpus=given.machine.cpus_per_node),
         *(
             _train_step(given, name, ("prepare",), updates.total, updates.batch_sequences, whole_machine=True)
             for name in names
@@ -215,13 +226,13 @@ def _sparse_training(given: PlanInput) -> list[Step]:
 
 def _sparse_addition(given: PlanInput, domain: str, updates: Updates) -> list[Step]:
     """The new experts see as many tokens as each of the first ones did, beside weights that stay as they are."""
-    prepare = Step(name=f"prepare/{domain}", kind=StepKind.prepare, num_cpus=given.machine.num_cpus)
+    prepare = Step(name=f"prepare/{domain}", kind=StepKind.prepare, num_cpus=given.machine.cpus_per_node)
     tokens = given.config.evaluate.max_tokens * len(given.domains)
     branch = Step(
         name=f"branch/{domain}",
         kind=StepKind.experts,
         needs=(prepare.name,),
-        num_cpus=given.config.launch.cpus_per_elm,
+        num_cpus=given.config.launch.cpus_on_one_node,
         num_gpus=min(1, given.config.launch.gpus_per_elm),
         tokens=tokens,
         flops=tokens * given.size.flops_per_token(given.config.train.sequence_length) / 3,
@@ -269,9 +280,7 @@ def _train_step(
     config, length = given.config, given.config.train.sequence_length
     tokens = updates * sequences * length
     share = _whole_machine(given) if whole_machine else _share_of(given, name)
-    # Experts are shared out in the model that has them.
-    multiple = config.engine.expert_parallel if name == "sparse" else 1
-    processes = _num_processes(share.num_processes, sequences, multiple)
+    processes = _num_processes(share, sequences, config.engine, has_experts=name == "sparse")
     size = given.size_of(name)
     return Step(
         name=name,
@@ -280,6 +289,7 @@ def _train_step(
         num_processes=processes,
         num_cpus=max(processes, share.num_cpus),
         num_gpus=min(share.num_gpus, processes),
+        num_nodes=share.num_nodes,
         tokens=tokens,
         updates=updates,
         flops=tokens * size.flops_per_token(length),
@@ -287,21 +297,33 @@ def _train_step(
     )
 
 
-def _num_processes(most: int, sequences: int, multiple: int) -> int:
-    """The largest number of processes up to ``most`` that shares out the sequences of an update equally.
+def _num_processes(share: GroupSize, sequences: int, engine: EngineConfig, *, has_experts: bool) -> int:
+    """The largest number of processes that shares out the sequences of an update, layers, experts and nodes equally.
+
+    Processes that share out a layer see the same sequences, those that share out experts different ones.
 
     Raises:
-        ConfigError: If none is a multiple of ``multiple``, the processes that share out experts.
+        ConfigError: If there is none.
     """
-    fitting = [count for count in range(multiple, most + 1, multiple) if sequences % count == 0]
-    if not fitting:
-        raise ConfigError(
-            [
-                f"engine.expert_parallel={multiple} needs updates whose sequences ({sequences}) and up to {most} "
-                f"processes it divides; make train.batch_tokens a multiple of {multiple} * train.sequence_length"
-            ]
-        )
-    return fitting[-1]
+    experts = engine.expert_parallel if has_experts else 1
+    multiple = math.lcm(experts, engine.tensor_parallel, share.num_nodes)
+    counts = range(multiple, share.num_processes + 1, multiple)
+    fitting = [count for count in counts if sequences % (count // engine.tensor_parallel) == 0]
+    if fitting:
+        return fitting[-1]
+    keys = {
+        "engine.expert_parallel": experts,
+        "engine.tensor_parallel": engine.tensor_parallel,
+        "launch.nodes_per_elm": share.num_nodes,
+    }
+    asked = ", ".join(f"{key}={value}" for key, value in keys.items() if value > 1)
+    raise ConfigError(
+        [
+            f"{asked} needs updates whose sequences ({sequences}) and up to {share.num_processes} processes it "
+            f"divides; make train.batch_tokens a multiple of {multiple} * train.sequence_length, and give a model at "
+            f"least {multiple} processes (engine.num_processes, launch.gpus_per_elm)"
+        ]
+    )
 
 
 def _share_of(given: PlanInput, name: str) -> GroupSize:
@@ -315,7 +337,8 @@ def _whole_machine(given: PlanInput) -> GroupSize:
     config = given.config
     gpus = given.machine.num_gpus if config.launch.gpus_per_elm else 0
     processes = max(gpus, config.engine.num_processes)
-    return GroupSize(num_cpus=given.machine.num_cpus, num_gpus=gpus, num_processes=processes)
+    machine = given.machine
+    return GroupSize(num_cpus=machine.num_cpus, num_gpus=gpus, num_processes=processes, num_nodes=machine.num_nodes)
 
 
 def _score_step(given: PlanInput, name: str, needs: tuple[str, ...], num_splits: int) -> Step:
@@ -325,7 +348,7 @@ def _score_step(given: PlanInput, name: str, needs: tuple[str, ...], num_splits:
         name=name,
         kind=StepKind.score,
         needs=needs,
-        num_cpus=given.config.launch.cpus_per_elm,
+        num_cpus=given.config.launch.cpus_on_one_node,
         num_gpus=min(1, given.config.launch.gpus_per_elm),
         tokens=tokens,
         flops=tokens * given.size.flops_per_token(length) / 3,

@@ -53,7 +53,7 @@ def _steps_table(steps: Sequence[Step]) -> Table:
         (
             step.name,
             _some(step.needs),
-            step.num_processes,
+            step.num_processes if step.num_nodes == 1 else f"{step.num_processes} on {step.num_nodes} nodes",
             step.num_cpus,
             step.num_gpus,
             f"{step.updates:,}" if step.updates else "",
@@ -85,6 +85,7 @@ def _totals_table(steps: Sequence[Step], config: Config, given: PlanInput) -> Ta
     for name, group in config.launch.groups.items():
         one = config.launch.size_of(group.elms[0], num_processes=config.engine.num_processes)
         parts = f"{one.num_processes} processes, {one.num_cpus} cores, {one.num_gpus} GPUs"
+        parts += f" on {one.num_nodes} nodes" if one.num_nodes > 1 else ""
         values[f"group {name}"] = f"{', '.join(group.elms)}: each {parts}"
     if seed := by_name.get("seed"):
         values["tokens, seed + all ELMs"] = format_count(seed.tokens + elm_tokens)

@@ -158,6 +158,7 @@ def execute(steps: Sequence[Step], context: Context, console: Console) -> Outcom
     from btm.display import RunDisplay
 
     config = context.config
+    check_nodes(steps, context)
     tracker = make_tracker(config.tracking, forest_name=config.name, forest_dir=context.forest_dir)
     try:
         with executor(config) as where, RunDisplay(console) as display:
@@ -166,6 +167,25 @@ def execute(steps: Sequence[Step], context: Context, console: Console) -> Outcom
         tracker.close()
     outcome.raise_for_failures()
     return outcome
+
+
+def check_nodes(steps: Sequence[Step], context: Context) -> None:
+    """Refuse trainings on several nodes that are still to be done where the executor has only this machine.
+
+    Raises:
+        ConfigError: Naming the first of them.
+    """
+    launch = context.config.launch
+    if launch.executor is ExecutorName.slurm or (launch.executor is ExecutorName.ray and launch.ray_address):
+        return
+    for step in steps:
+        if step.num_nodes > 1 and not (context.run_dir(step.name) / "result.json").is_file():
+            raise ConfigError(
+                [
+                    f"{step.name} runs on {step.num_nodes} nodes (launch.nodes_per_elm), launch={launch.executor} has "
+                    "this machine alone; use launch=slurm, or launch=ray with launch.ray_address=<host:port>"
+                ]
+            )
 
 
 def store_config(config: Config) -> None:

@@ -133,7 +133,8 @@ class Server:
             return dataclasses.replace(spec, is_forked=spec.is_forked and self._can_fork)
         os.close(log)
         self._children[pid] = identity
-        self._files.add(spec.env[RENDEZVOUS_VARIABLE])
+        if path := spec.env.get(RENDEZVOUS_VARIABLE):
+            self._files.add(path)
         self._send({"id": identity, "pid": pid})
         return None
 

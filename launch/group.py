@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 from launch.fork_client import ForkServer, Process
+from launch.nodes import Node, ended_with_others
 from launch.process import process_specs
 from launch.resources import Allocation, private_dir
 from launch.task import State, Status, Task
@@ -19,11 +20,12 @@ class Group:
     The first process that fails decides: the others get TERM and, when ``grace_s`` has passed, KILL.
 
     Args:
-        task: What to run.
+        task: What to run; of a task on several nodes the share of this one.
         allocation: Cores and GPUs of the group.
         server: Starts the processes.
         env: Environment that the task's variables are added to.
         grace_s: Seconds between TERM and KILL after a failure.
+        node: Which of several nodes this one is.
     """
 
     def __init__(
@@ -34,16 +36,26 @@ class Group:
         *,
         env: Mapping[str, str],
         grace_s: float = 10.0,
+        node: Node | None = None,
     ) -> None:
         self.allocation = allocation
+        self._node = node or Node()
         self._name = task.name
         self._server = server
         self._grace_s = grace_s
         self._is_cancelled = False
+        self._is_ended = False
         self._kill_time: float | None = None
         self._is_killed = False
         self._rendezvous = private_dir() / f"rendezvous-{secrets.token_hex(8)}"
-        specs = process_specs(task, allocation, env=env, working_dir=os.getcwd(), rendezvous_file=str(self._rendezvous))
+        specs = process_specs(
+            task,
+            allocation,
+            env=env,
+            working_dir=os.getcwd(),
+            rendezvous_file=str(self._rendezvous),
+            node=self._node,
+        )
         self.processes: list[Process] = [server.start(spec) for spec in specs]
 
     def update(self) -> Status:
@@ -59,6 +71,8 @@ class Group:
             self._rendezvous.unlink()
         if self._is_cancelled:
             return Status(name=self._name, state=State.cancelled, reason="cancelled")
+        if failed and self._is_ended:
+            return ended_with_others(self._name)
         if failed:
             first = min(failed, key=lambda process: process.order)
             return Status(name=self._name, state=State.failed, exit_code=first.exit_code, reason=self._reason_of(first))
@@ -68,6 +82,12 @@ class Group:
         """TERM to all processes, KILL after ``grace_s`` seconds; an earlier, sooner end stays in force."""
         self._is_cancelled = True
         self._end(grace_s)
+
+    def end_with_others(self) -> None:
+        """Another node of the task has failed: the same as for a failure here, with a status that says so."""
+        if not any(process.exit_code for process in self.processes):
+            self._is_ended = True
+        self._end(self._grace_s)
 
     def _end(self, grace_s: float) -> None:
         kill_time = time.monotonic() + grace_s
@@ -85,7 +105,7 @@ class Group:
     def _reason_of(self, process: Process) -> str:
         if process.error:
             return process.error
-        which = f"process {self.processes.index(process)} of {len(self.processes)}" if self.processes[1:] else "it"
+        which = self._node.process_name(self.processes.index(process), len(self.processes))
         return f"{which} {describe_exit(process.exit_code or 0)}"
 
 

@@ -67,7 +67,12 @@ class LocalExecutor:
                 has not ended.
             RuntimeError: If the executor is closed.
         """
-        self._queue.add(task, problem=self._pool.problem(task.num_cpus, task.num_gpus))
+        problem = self._pool.problem(task.num_cpus, task.num_gpus)
+        if task.num_nodes > 1:
+            problem = (
+                f"runs on {task.num_nodes} nodes, this is one machine; take Ray on a cluster, or Slurm (num_nodes)"
+            )
+        self._queue.add(task, problem=problem)
         self._start_what_fits()
 
     def poll(self) -> dict[str, Status]:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from launch.nodes import Node
 from launch.resources import Allocation
 from launch.task import Task
 
 RENDEZVOUS_VARIABLE = "RENDEZVOUS_FILE"
+_MEETING_VARIABLES = (RENDEZVOUS_VARIABLE, "MASTER_ADDR", "MASTER_PORT")
 _THREAD_VARIABLE = "OMP_NUM_THREADS"
 # Read once, when an interpreter or a library is loaded: a fork of a running interpreter would ignore a new value.
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_", "TORCH_", "ATEN_")
@@ -50,16 +52,23 @@ class ProcessSpec:
 
 
 def process_specs(
-    task: Task, allocation: Allocation, *, env: Mapping[str, str], working_dir: str, rendezvous_file: str
+    task: Task,
+    allocation: Allocation,
+    *,
+    env: Mapping[str, str],
+    working_dir: str,
+    rendezvous_file: str,
+    node: Node | None = None,
 ) -> list[ProcessSpec]:
     """One record per process of ``task``, in the order of ranks.
 
     Args:
-        task: What to run.
+        task: What to run; of a task on several nodes the share of this one.
         allocation: Cores and GPUs of the whole group.
         env: Environment that the task's own variables are added to.
         working_dir: Directory to run in.
         rendezvous_file: Path that does not exist yet, on this node.
+        node: Which of several nodes this one is.
     """
     num_threads = max(1, len(allocation.cores) // task.num_processes)
     is_forked = not needs_fresh_interpreter(task.env)
@@ -67,7 +76,7 @@ def process_specs(
         ProcessSpec(
             module=task.module,
             arguments=tuple(task.arguments),
-            env=rank_environment(task, rank, allocation, env=env, rendezvous_file=rendezvous_file),
+            env=rank_environment(task, rank, allocation, env=env, rendezvous_file=rendezvous_file, node=node),
             log_path=str(Path(task.log_path).absolute()),
             working_dir=working_dir,
             cores=allocation.cores,
@@ -79,23 +88,36 @@ def process_specs(
 
 
 def rank_environment(
-    task: Task, rank: int, allocation: Allocation, *, env: Mapping[str, str], rendezvous_file: str
+    task: Task,
+    rank: int,
+    allocation: Allocation,
+    *,
+    env: Mapping[str, str],
+    rendezvous_file: str,
+    node: Node | None = None,
 ) -> dict[str, str]:
     """Environment of one process: ``env``, then what the group gives it, then the task's own variables, then its rank.
 
-    ``CUDA_VISIBLE_DEVICES`` names exactly the GPUs of the group, so a task without GPUs sees none.
+    ``CUDA_VISIBLE_DEVICES`` names exactly the GPUs of the group, so a task without GPUs sees none. ``rank`` is that
+    among the processes of this node.
     """
+    node = node or Node()
     num_threads = max(1, len(allocation.cores) // task.num_processes)
+    meeting: dict[str, str] = {RENDEZVOUS_VARIABLE: rendezvous_file}
+    if node.count > 1:
+        host, _, port = node.address.rpartition(":")
+        meeting = {"MASTER_ADDR": host.strip("[]"), "MASTER_PORT": port}
+    outer = {name: value for name, value in env.items() if name not in _MEETING_VARIABLES}
     return {
-        **env,
+        **outer,
         _THREAD_VARIABLE: str(num_threads),
         "CUDA_VISIBLE_DEVICES": ",".join(allocation.gpus),
         **task.env,
-        "RANK": str(rank),
+        "RANK": str(node.rank * task.num_processes + rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(task.num_processes),
+        "WORLD_SIZE": str(node.count * task.num_processes),
         "LOCAL_WORLD_SIZE": str(task.num_processes),
-        RENDEZVOUS_VARIABLE: rendezvous_file,
+        **meeting,
     }
 
 
@@ -134,9 +156,19 @@ def check_task(task: Task) -> None:
         ("num_processes", task.num_processes, 1),
         ("num_cpus", task.num_cpus, 1),
         ("num_gpus", task.num_gpus, 0),
+        ("num_nodes", task.num_nodes, 1),
     ):
         if value < least:
             raise ValueError(f"{field} of task {task.name!r} must be at least {least}, got {value}")
+    for field, value in (
+        ("num_processes", task.num_processes),
+        ("num_cpus", task.num_cpus),
+        ("num_gpus", task.num_gpus),
+    ):
+        if value % task.num_nodes:
+            raise ValueError(
+                f"{field} of task {task.name!r} must be a multiple of its num_nodes ({task.num_nodes}), got {value}"
+            )
     texts = [task.module, str(task.log_path), *task.arguments, *task.env, *task.env.values()]
     broken = next((text for text in texts if "\0" in text), None)
     if broken is not None:

@@ -1,12 +1,10 @@
-"""Tasks on Ray: one placement group and one supervising actor per task.
+"""Tasks on Ray: one placement group per task, and one supervising actor on each of its nodes.
 
-Plain actors, not Ray Train: a task is a command that talks to nobody, and an actor starts in half a second. The only
-file of this package that imports Ray, and only inside functions.
+Plain actors, not Ray Train: a task is a command that talks to nobody, and an actor starts in half a second. This file
+and ``launch/ray_connection.py`` alone import Ray, and only inside functions.
 """
 
 import contextlib
-import importlib
-import logging
 import os
 import secrets
 import sys
@@ -16,29 +14,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from launch.nodes import combined, node_share
 from launch.process import added_import_path
-from launch.ray_session import PrivateSession, end_processes, termination_handler_kept, unreachable
-from launch.resources import available_cores, available_gpus, nodes_problem
+from launch.ray_connection import connect, disconnect, start_private
+from launch.ray_session import PrivateSession
+from launch.resources import available_cores, nodes_problem
 from launch.supervisor import Supervisor, absolute
 from launch.task import State, Status, Task
 from launch.task_queue import TaskQueue, check_num_groups
 
 _POLL_INTERVAL_S = 0.05
 _CLOSE_MARGIN_S = 10.0
-_OBJECT_STORE_BYTES = 100 << 20
 
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A task that has asked for a placement group, and the actor inside."""
+    """A task that has asked for a placement group, and the actors inside, one per node."""
 
     task: Task
     placement: Any
     placed: Any
-    actor: Any
-    started: Any
-    ended: Any
+    actors: list[Any]
+    started: list[Any]
+    ended: list[Any]
     is_cancelled: bool = False
+    is_ending: bool = False
+    """The rest was told that one of the nodes has failed."""
 
 
 class RayExecutor:
@@ -47,7 +48,8 @@ class RayExecutor:
     First in, first out: the next placement group is requested when Ray has granted the one before, and a group whose
     task has succeeded goes, with its warm actor, to the next task of the same size. Logs must be on a file system that
     all nodes share. Make and use it in the main thread: the kernel ends a private Ray with the thread that started it.
-    A connection to Ray that this process has already is used and left open.
+    A connection to Ray that this process has already is used and left open. A task that runs on several nodes gets as
+    many different ones; when one is lost the task fails as a whole, and its restart waits until enough nodes are there.
 
     Args:
         address: Of an existing cluster (its token is taken from the environment, as Ray does); None starts a private
@@ -82,17 +84,17 @@ class RayExecutor:
         self._options = {"lease_group": secrets.token_hex(4), "preload": tuple(preload), "grace_s": grace_s}
         self._queue = TaskQueue()
         self._running: dict[str, _Running] = {}
+        self._seen_nodes: dict[str, dict[str, float]] = {}
         self.session: PrivateSession | None = None
         self._owns_connection = not ray.is_initialized()
         if not self._owns_connection:
             return
         if address is None:
             self.session = PrivateSession(session_parent)
-            self._start_ray(num_cpus=len(available_cores()) if num_cpus is None else num_cpus, dashboard=dashboard)
+            num_cpus = len(available_cores()) if num_cpus is None else num_cpus
+            start_private(self.session, num_cpus=num_cpus, dashboard=dashboard)
         else:
-            _check_access(address)
-            with termination_handler_kept():
-                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+            connect(address)
 
     def __enter__(self) -> Self:
         return self
@@ -104,14 +106,18 @@ class RayExecutor:
         """Queue ``task``.
 
         Raises:
-            ValueError: If the task is malformed, no node could hold it, or its name is that of a task that has not
-                ended.
+            ValueError: If the task is malformed, the nodes that were ever there could not hold it, or its name is that
+                of a task that has not ended.
             RuntimeError: If the executor is closed.
         """
         import ray
 
-        nodes = [] if self._queue.is_closed else [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._queue.add(absolute(task), problem=nodes_problem(nodes, task.num_cpus, task.num_gpus))
+        nodes = [] if self._queue.is_closed else [node for node in ray.nodes() if node["Alive"]]
+        self._seen_nodes |= {node["NodeID"]: node["Resources"] for node in nodes}
+        count = max(1, task.num_nodes)
+        seen = list(self._seen_nodes.values())
+        problem = nodes_problem(seen, task.num_cpus // count, task.num_gpus // count, count)
+        self._queue.add(absolute(task), problem=problem)
         self._start_what_fits()
 
     def poll(self) -> dict[str, Status]:
@@ -135,9 +141,10 @@ class RayExecutor:
         if self._queue.is_over(name):
             return
         running = self._running.get(name)
-        if running and _is_done(running.started):
+        if running and _are_done(running.started):
             running.is_cancelled = True
-            running.actor.cancel.remote(grace_s)
+            for actor in running.actors:
+                actor.cancel.remote(grace_s)
         else:
             self._queue.withdraw(name)
             self._release(self._running.pop(name, None))
@@ -159,42 +166,7 @@ class RayExecutor:
                 self._release(self._running.pop(name))
                 self._queue.set(name, State.cancelled, "ended with the executor")
             if self._owns_connection:
-                self._stop_ray()
-
-    def _start_ray(self, *, num_cpus: int, dashboard: bool) -> None:
-        import ray
-
-        assert self.session is not None
-        self.session.enter_environment()
-        try:
-            _forget_token()
-            with termination_handler_kept():
-                ray.init(
-                    "local",
-                    num_cpus=num_cpus,
-                    num_gpus=len(available_gpus()),
-                    include_dashboard=dashboard,
-                    dashboard_host="127.0.0.1",
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=str(self.session.ray_dir),
-                )
-        except BaseException:
-            self._stop_ray()
-            raise
-
-    def _stop_ray(self) -> None:
-        import ray
-
-        processes = self.session.processes() if self.session else []
-        ray.shutdown(wait_for_processes=True)
-        if self.session:
-            end_processes(processes)
-            self.session.leave_environment()
-            # The token file goes last: threads of the connection that drain may still read it.
-            _forget_token()
-            self.session.remove()
+                disconnect(self.session)
 
     def _start_what_fits(self) -> None:
         import ray
@@ -211,52 +183,71 @@ class RayExecutor:
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        bundle = {"CPU": float(task.num_cpus)} | ({"GPU": float(task.num_gpus)} if task.num_gpus else {})
-        placement = placement_group([bundle])
+        share = node_share(task, 0)
+        bundle = {"CPU": float(share.num_cpus)} | ({"GPU": float(share.num_gpus)} if share.num_gpus else {})
+        strategy = "STRICT_SPREAD" if task.num_nodes > 1 else "PACK"
+        placement = placement_group([bundle] * task.num_nodes, strategy=strategy)
         remote_class: Any = ray.remote(Supervisor)
-        actor = remote_class.options(
-            num_cpus=task.num_cpus,
-            num_gpus=task.num_gpus,
-            max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=0),
-        ).remote(os.getcwd(), import_path=added_import_path(sys.path), **self._options)
-        return self._run(task, placement, placement.ready(), actor)
+        actors = [
+            remote_class.options(
+                num_cpus=share.num_cpus,
+                num_gpus=share.num_gpus,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index),
+            ).remote(os.getcwd(), import_path=added_import_path(sys.path), **self._options)
+            for index in range(task.num_nodes)
+        ]
+        return self._run(task, placement, placement.ready(), actors)
 
-    def _run(self, task: Task, placement: Any, placed: Any, actor: Any) -> _Running:
-        started = actor.start.remote(task)
-        return _Running(task, placement, placed, actor, started, actor.wait.remote(started))
+    def _run(self, task: Task, placement: Any, placed: Any, actors: list[Any]) -> _Running:
+        # Ray hands the others the address when the first has found it.
+        address = actors[0].meet.remote(_address_of_node) if actors[1:] else ""
+        started = [actor.start.remote(task, rank, address) for rank, actor in enumerate(actors)]
+        ended = [actor.wait.remote(one) for actor, one in zip(actors, started, strict=True)]
+        return _Running(task, placement, placed, actors, started, ended)
 
     def _hand_on(self, free: _Running, status: Status) -> None:
         # Ray looks at a waiting placement group about once a second, and a new actor takes half of one.
         is_usable = status.state is State.succeeded and not self._queue.is_closed
         successor = self._next_task() if is_usable else None
-        if successor is None or (successor.num_cpus, successor.num_gpus) != (free.task.num_cpus, free.task.num_gpus):
+        if successor is None or _size(successor) != _size(free.task):
             self._release(free)
             return
         if successor.name in self._running:
             self._release(self._running.pop(successor.name))
         else:
             self._queue.waiting.popleft()
-        self._running[successor.name] = self._run(successor, free.placement, free.placed, free.actor)
+        self._running[successor.name] = self._run(successor, free.placement, free.placed, free.actors)
 
     def _next_task(self) -> Task | None:
         unplaced = next((running.task for running in self._running.values() if not _is_done(running.placed)), None)
         return unplaced or (self._queue.waiting[0] if self._queue.waiting else None)
 
     def _look_at(self, name: str, running: _Running) -> Status:
+        statuses = {index: self._end_of(name, running, index) for index in _done(running.ended)}
+        if len(statuses) == len(running.ended):
+            return combined(list(statuses.values()))
+        if not running.is_ending and any(status.state is not State.succeeded for status in statuses.values()):
+            running.is_ending = True
+            for index, actor in enumerate(running.actors):
+                if index not in statuses:
+                    actor.end_with_others.remote()
+        return Status(name=name, state=State.running if _are_done(running.started) else State.queued)
+
+    def _end_of(self, name: str, running: _Running, index: int) -> Status:
+        """How the share of one node ended."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        if not _is_done(running.ended):
-            return Status(name=name, state=State.running if _is_done(running.started) else State.queued)
         try:
-            return ray.get(running.ended)
+            return ray.get(running.ended[index])
         except RayError as error:
             if running.is_cancelled:
                 return Status(name=name, state=State.cancelled, reason="cancelled; its actor died")
             lines = [line for line in str(error).strip().splitlines() if not line.startswith("\t")]
             line = " ".join(lines[-1:] if isinstance(error, RayTaskError) else lines[:2])
-            return Status(name=name, state=State.failed, reason=f"the Ray actor that ran it failed: {line}")
+            where = f" (node {index} of {len(running.actors)})" if running.actors[1:] else ""
+            return Status(name=name, state=State.failed, reason=f"the Ray actor that ran it{where} failed: {line}")
 
     def _release(self, running: _Running | None) -> None:
         import ray
@@ -264,37 +255,34 @@ class RayExecutor:
         from ray.util.placement_group import remove_placement_group
 
         if running:
-            with contextlib.suppress(RayError):
-                ray.kill(running.actor)
+            for actor in running.actors:
+                with contextlib.suppress(RayError):
+                    ray.kill(actor)
             with contextlib.suppress(RayError):
                 remove_placement_group(running.placement)
 
 
 def _is_done(reference: Any) -> bool:
+    return _are_done([reference])
+
+
+def _are_done(references: list[Any]) -> bool:
+    return len(_done(references)) == len(references)
+
+
+def _done(references: list[Any]) -> list[int]:
+    """Indices of the results that are there."""
     import ray
 
-    return bool(ray.wait([reference], timeout=0)[0])
+    ready = set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+    return [index for index, reference in enumerate(references) if reference in ready]
 
 
-def _check_access(address: str) -> None:
-    # Ray itself tries a dead address for a minute, and a wrong token for 20 seconds before it says something else.
-    from ray.exceptions import AuthenticationError
-
-    problem = unreachable(address)
-    if problem:
-        raise ConnectionError(problem)
-    with contextlib.suppress(ImportError, AttributeError):
-        raylet: Any = importlib.import_module("ray._raylet")
-        try:
-            raylet.GcsClient(address=address)
-        except AuthenticationError:
-            remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the path of its token file"
-            raise ConnectionError(f"the Ray cluster at {address} refuses this session's token; {remedy}") from None
+def _size(task: Task) -> tuple[int, int, int]:
+    return task.num_cpus, task.num_gpus, task.num_nodes
 
 
-def _forget_token() -> None:
-    # Ray keeps the token of a process's first connection. Not public: without it, one session per process works.
-    with contextlib.suppress(ImportError, AttributeError):
-        raylet: Any = importlib.import_module("ray._raylet")
-        raylet.Config.initialize("")
-        raylet.AuthenticationTokenLoader.instance().reset_cache()
+def _address_of_node() -> str:
+    import ray
+
+    return ray.util.get_node_ip_address()

@@ -215,20 +215,23 @@ class ResourcePool:
             self._leases.release(allocation.cores)
 
 
-def nodes_problem(nodes: Sequence[Mapping[str, float]], num_cpus: int, num_gpus: int) -> str | None:
-    """Say why no node of a cluster could ever hold a task of this size; None when one can.
+def nodes_problem(nodes: Sequence[Mapping[str, float]], num_cpus: int, num_gpus: int, num_nodes: int = 1) -> str | None:
+    """Say why the nodes of a cluster could never hold a task of this size; None when they can.
 
     Args:
         nodes: ``CPU`` and ``GPU`` of each node.
-        num_cpus: Cores of the task.
-        num_gpus: GPUs of the task.
+        num_cpus: Cores of the task on each of its nodes.
+        num_gpus: GPUs of the task on each of its nodes.
+        num_nodes: Nodes of the task.
     """
-    if any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in nodes):
+    fitting = [node for node in nodes if node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus]
+    if len(fitting) >= num_nodes:
         return None
     offered = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+    where = "one node" if num_nodes == 1 else f"each of {num_nodes} nodes"
     return (
-        f"needs {num_cpus} CPUs and {num_gpus} GPUs on one node; the nodes of this cluster have: "
-        f"{offered or 'nothing'}; ask for fewer (num_cpus, num_gpus)"
+        f"needs {num_cpus} CPUs and {num_gpus} GPUs on {where}; the nodes of this cluster have: "
+        f"{offered or 'nothing'}; ask for fewer (num_cpus, num_gpus{'' if num_nodes == 1 else ', num_nodes'})"
     )
 
 

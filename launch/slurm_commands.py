@@ -120,6 +120,13 @@ def own_job(env: Mapping[str, str]) -> str:
     return env["SLURM_JOB_ID"]
 
 
+def node_address(node: str) -> str | None:
+    """Address or name under which Slurm's own daemons reach a node; None when the controller does not answer."""
+    with contextlib.suppress(SlurmError):
+        return dict(_FIELD.findall(run(["scontrol", "--oneliner", "show", "node", node]))).get("NodeAddr")
+    return None
+
+
 def state_of(job: str) -> str | None:
     """State of a job (``7``) or of one element of an array (``7_0``) now; None when the controller does not answer."""
     return _record(job).get("JobState")

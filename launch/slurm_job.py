@@ -7,6 +7,9 @@ accounting, and says what failed where Slurm only knows a number.
 ``python -m launch.slurm_job --ended <exit code>`` does the last of it for other scripts: it requeues this job when its
 work was stopped by Slurm, and exits with the code.
 
+A task on several nodes has this on each of them, as tasks of one job step; the first one leads
+(:mod:`launch.slurm_nodes`) and says how it went, the others exit with 0.
+
 Exit codes: 0 the task succeeded; 143 it was stopped; otherwise that of the first process that failed (128 + the signal
 that ended it).
 """
@@ -24,7 +27,8 @@ from pathlib import Path
 from launch import slurm_commands
 from launch.slurm_commands import SlurmError
 from launch.slurm_files import outcome_path, write_json
-from launch.slurm_group import STOP_SIGNALS, StopRequest, run_group
+from launch.slurm_group import STOP_SIGNALS, StopRequest
+from launch.slurm_nodes import follow, leading, own_node
 from launch.slurm_options import task_of
 from launch.slurm_status import EXIT_STOPPED
 from launch.task import State, Status
@@ -39,13 +43,18 @@ logger = logging.getLogger("launch.slurm_job")
 
 def run_request(path: Path) -> int:
     """Run the request in ``path`` to its end; returns the exit code of the job."""
-    stop = StopRequest()
+    stop, place = StopRequest(), own_node(os.environ)
     with stop.installed():
         request = json.loads(path.read_text(encoding="utf-8"))
         job_id = int(os.environ["SLURM_JOB_ID"])
         outcome = outcome_path(Path(request["outcome_dir"]), job_id)
+        meetings = outcome.parent / "nodes"
+        if place.rank:
+            follow(meetings, place, stop)
+            return 0
         outcome.unlink(missing_ok=True)
-        status = run_group(task_of(request), stop, stop_s=float(request["stop_s"]) * 0.8)
+        with leading(meetings, place) as leader:
+            status = leader.run(task_of(request), stop, stop_s=float(request["stop_s"]) * 0.8)
         if status.state is not State.cancelled:
             _write(outcome, status, status.state)
             return _exit_code(status)

@@ -18,7 +18,7 @@ _SECRET_VARIABLE = re.compile(r"(?i)(^|_)(key|api_?key|token|secret|passwd|passw
 _KEPT_SLURM_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS")
 _OWNED = (
     "array", "chdir", "cpus-per-task", "export", "gres", "job-name", "no-requeue", "nodes", "ntasks", "open-mode",
-    "output", "parsable", "requeue", "signal", "wait", "wrap",
+    "ntasks-per-node", "output", "parsable", "requeue", "signal", "wait", "wrap",
 )  # fmt: skip
 
 
@@ -82,10 +82,7 @@ def sbatch_command(
         "sbatch",
         "--parsable",
         f"--job-name={job_name}",
-        "--nodes=1",
-        "--ntasks=1",
-        f"--cpus-per-task={task.num_cpus}",
-        *([f"--gres=gpu:{task.num_gpus}"] if task.num_gpus else []),
+        *size_options(task.num_nodes, task.num_cpus, task.num_gpus),
         f"--output={log}",
         "--open-mode=append",
         f"--chdir={working_dir}",
@@ -100,6 +97,16 @@ def sbatch_command(
     ]
 
 
+def size_options(num_nodes: int, num_cpus: int, num_gpus: int) -> list[str]:
+    """The options of sbatch that say how much: nodes, and cores and GPUs, which they share equally."""
+    return [
+        f"--nodes={num_nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={num_cpus // num_nodes}",
+        *([f"--gres=gpu:{num_gpus // num_nodes}"] if num_gpus else []),
+    ]
+
+
 def placement_options(options: SlurmOptions) -> list[str]:
     """The options of sbatch that say where and how long, for any job of a run."""
     named = (("partition", options.partition), ("account", options.account), ("qos", options.qos))
@@ -109,9 +116,8 @@ def placement_options(options: SlurmOptions) -> list[str]:
 
 def job_request(task: Task, options: SlurmOptions, *, outcome_dir: Path) -> dict[str, Any]:
     """What ``python -m launch.slurm_job`` reads, as JSON values."""
-    values = dataclasses.asdict(task) | {"log_path": str(Path(task.log_path).absolute())}
     return {
-        "task": {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()},
+        "task": task_values(task),
         "outcome_dir": str(outcome_dir.absolute()),
         "fingerprint": fingerprint(task),
         "max_requeues": options.max_requeues,
@@ -119,14 +125,22 @@ def job_request(task: Task, options: SlurmOptions, *, outcome_dir: Path) -> dict
     }
 
 
+def task_values(task: Task) -> dict[str, Any]:
+    """A task as JSON values."""
+    values = dataclasses.asdict(task) | {"log_path": str(Path(task.log_path).absolute())}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
 def task_of(request: Mapping[str, Any]) -> Task:
-    """The inverse of :func:`job_request`."""
+    """The task of a request: the inverse of :func:`job_request`."""
     return Task(**{**request["task"], "log_path": Path(request["task"]["log_path"])})
 
 
 def fingerprint(task: Task) -> str:
     """Hash of a task; requests (``.json`` files named in its arguments) count with their content."""
-    digest = hashlib.sha256(repr((task.name, task.module, sorted(task.env.items()), task.num_processes)).encode())
+    digest = hashlib.sha256(
+        repr((task.name, task.module, sorted(task.env.items()), task.num_processes, task.num_nodes)).encode()
+    )
     for argument in task.arguments:
         digest.update(argument.encode() + b"\0")
         path = Path(argument)

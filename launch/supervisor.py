@@ -9,11 +9,12 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch.fork_client import ForkServer
 from launch.group import Group
+from launch.nodes import Node, free_port, node_share
 from launch.resources import Allocation, CoreLeases, available_cores, visible_gpus
 from launch.task import Status, Task
 
@@ -49,8 +50,19 @@ class Supervisor:
         self._leases = CoreLeases(lease_group)
         self._group: Group | None = None
 
-    async def start(self, task: Task) -> None:
-        """Start the processes; the task before must have ended."""
+    async def meet(self, address_of_node: Callable[[], str]) -> str:
+        """``host:port`` on this node, where the processes of several nodes can meet."""
+        return f"{address_of_node()}:{free_port()}"
+
+    async def start(self, task: Task, rank: int = 0, address: str = "") -> None:
+        """Start the processes of this node; the task before must have ended.
+
+        Args:
+            task: The whole task.
+            rank: Which of its nodes this one is.
+            address: What :meth:`meet` of the first node returned, where there are several.
+        """
+        node, task = Node(rank=rank, count=task.num_nodes, address=address), node_share(task, rank)
         cores = self._leases.take(available_cores(), task.num_cpus)
         gpus = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES", ""))[: task.num_gpus]
         # The cluster's own variables (among them where its token is) are none of the task's business.
@@ -58,7 +70,7 @@ class Supervisor:
         allocation = Allocation(cores=cores, gpus=gpus)
         if not self._server.is_alive:
             self._server = ForkServer(self._preload)
-        self._group = Group(task, allocation, self._server, env=env, grace_s=self._grace_s)
+        self._group = Group(task, allocation, self._server, env=env, grace_s=self._grace_s, node=node)
 
     async def wait(self, started: None) -> Status:
         """Return the final status, once all processes have ended.
@@ -80,6 +92,11 @@ class Supervisor:
         """TERM to all processes, KILL after ``grace_s`` seconds."""
         assert self._group is not None
         self._group.cancel(grace_s)
+
+    async def end_with_others(self) -> None:
+        """End the processes because another node of the task has failed."""
+        assert self._group is not None
+        self._group.end_with_others()
 
 
 def absolute(task: Task) -> Task:

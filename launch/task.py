@@ -9,11 +9,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A Python module to run as one group of processes on one node.
+    """A Python module to run as one group of processes.
 
     Every process gets ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE`` and ``RENDEZVOUS_FILE`` (a fresh path for
-    ``torch.distributed``'s file store; no ports); the task succeeds when all processes exit with 0, and when one fails
-    the others are ended.
+    ``torch.distributed``'s file store; no ports), or where there are several nodes ``MASTER_ADDR`` and ``MASTER_PORT``;
+    the task succeeds when all processes exit with 0, and when one fails or a node is lost the others are ended.
     """
 
     name: str
@@ -29,6 +29,8 @@ class Task:
     num_cpus: int = 1
     """Cores of the whole group, shared by its processes."""
     num_gpus: int = 0
+    num_nodes: int = 1
+    """Nodes among which processes, cores and GPUs are divided equally."""
 
 
 class State(StrEnum):

@@ -64,7 +64,8 @@ class Ranks:
 def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """Join the group that ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE`` and ``RENDEZVOUS_FILE`` describe, and leave it.
 
-    gloo on CPUs, NCCL on GPUs. Without these variables there is one process and no group.
+    Where there are several nodes ``MASTER_ADDR`` and ``MASTER_PORT`` take the place of the file, as ``torchrun`` sets
+    them, too. gloo on CPUs, NCCL on GPUs. Without these variables there is one process and no group.
 
     Raises:
         TrainingError: If the variables contradict each other.
@@ -82,12 +83,15 @@ def joined_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]
         yield Ranks(0, 1, device)
         return
     rendezvous = environment.get("RENDEZVOUS_FILE")
-    if not rendezvous:
-        raise TrainingError(f"WORLD_SIZE={size} needs RENDEZVOUS_FILE, a fresh path that all processes can open")
+    if not rendezvous and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
+        raise TrainingError(
+            f"WORLD_SIZE={size} needs RENDEZVOUS_FILE, a fresh path that all processes can open, or MASTER_ADDR and "
+            "MASTER_PORT; a launcher sets them"
+        )
     with naming_lost_peers():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{rendezvous}",
+            init_method=f"file://{rendezvous}" if rendezvous else "env://",
             rank=rank,
             world_size=size,
             timeout=TIMEOUT,

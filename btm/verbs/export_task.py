@@ -38,7 +38,9 @@ def main(config: Config) -> None:
     check_ready(step, context)
     spec = build_spec(step, context)
     assert isinstance(spec, TrainSpec)
-    resources = Resources(num_processes=step.num_processes, num_cpus=step.num_cpus, num_gpus=step.num_gpus)
+    resources = Resources(
+        num_processes=step.num_processes, num_cpus=step.num_cpus, num_gpus=step.num_gpus, num_nodes=step.num_nodes
+    )
     write_task(spec, resources, forest_name=forest.manifest.name, output=Path(config.output))
     console.print(
         f"{step.name}: {step.updates:,} updates in {config.output}; `btm step {config.output}` trains it on any "

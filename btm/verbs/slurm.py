@@ -14,7 +14,7 @@ from pathlib import Path
 from btm.config import Config
 from btm.config_launch import ExecutorName, SlurmAction
 from btm.errors import RunError
-from btm.plan import Machine, Step, StepKind
+from btm.plan import Step, StepKind
 from btm.session import (
     check_writable,
     console_for,
@@ -31,7 +31,7 @@ from launch import slurm_commands
 from launch.process import added_import_path
 from launch.slurm_commands import QueuedJob, SlurmError
 from launch.slurm_executor import submission_text
-from launch.slurm_options import job_environment, placement_options, shown
+from launch.slurm_options import job_environment, placement_options, shown, size_options
 from launch.slurm_status import job_name
 from launch.task import Task
 
@@ -77,6 +77,7 @@ def submission_lines(steps: Sequence[Step], config: Config) -> list[str]:
                 num_processes=step.num_processes,
                 num_cpus=step.num_cpus,
                 num_gpus=step.num_gpus,
+                num_nodes=step.num_nodes,
             ),
             options,
             slurm_state_dir(config),
@@ -159,28 +160,29 @@ def array_commands(config: Config, overrides: Sequence[str], job_ids: Sequence[s
     domains, novel, later = domain_groups(config)
     given = plan_input(config, domains, [*novel, *later])
     elements, whole = trainings(given), given.machine
+    alone_size = size_options(1, whole.cpus_per_node, whole.num_gpus // whole.num_nodes)
     at_once = f"%{launch.num_groups}" if launch.num_groups else ""
     first, array = (*job_ids, "", "")[:2]
     largest = max(elements, key=lambda step: (step.num_gpus, step.num_cpus))
-    one = Machine(num_cpus=largest.num_cpus, num_gpus=largest.num_gpus)
+    one = size_options(largest.num_nodes, largest.num_cpus, largest.num_gpus)
+    first_size = size_options(whole.num_nodes, whole.num_cpus, whole.num_gpus)
     alone, many = str(_SCRIPTS / "btm.sbatch"), str(_SCRIPTS / "array.sbatch")
     span = f"--array=0-{len(elements) - 1}{at_once}"
     in_array, here = [*overrides, "launch.executor=slurm"], [*overrides, "launch.executor=local"]
     return [
-        [*_head(config, "first", whole, "%j"), alone, "step", "steps=[prepare,seed]", *in_array],
+        [*_head(config, "first", first_size, "%j"), alone, "step", "steps=[prepare,seed]", *in_array],
         [*_head(config, "array", one, "%A-%a"), span, *_only_after(first), many, *in_array],
-        [*_head(config, "rest", whole, "%j"), *_only_after(array), alone, "run", *here],
+        [*_head(config, "rest", alone_size, "%j"), *_only_after(array), alone, "run", *here],
     ]
 
 
-def _head(config: Config, name: str, size: Machine, log: str) -> list[str]:
+def _head(config: Config, name: str, size: Sequence[str], log: str) -> list[str]:
     state_dir = slurm_state_dir(config)
     return [
         "sbatch",
         "--parsable",
         f"--job-name={job_name(name, state_dir)}",
-        f"--cpus-per-task={size.num_cpus}",
-        *([f"--gres=gpu:{size.num_gpus}"] if size.num_gpus else []),
+        *size,
         f"--output={str(state_dir.absolute()).replace('%', '%%')}/{name}-{log}.log",
         f"--signal=TERM@{config.launch.slurm.grace_s}",
         *placement_options(slurm_options(config)),

@@ -2,11 +2,15 @@
 
 ``btm step <directory>`` trains the task that ``btm export-task`` wrote there, in any place and without its forest.
 
+A training on several nodes (``launch.nodes_per_elm``) has this command on each of them, as one Slurm job step
+(``sbatch --nodes=2 slurm/btm.sbatch step ...``); the first one leads.
+
 The forest's directory is all that the elements share. Trainings of ELMs and baselines write only below
 ``runs/<step>/``, so any number of them may run at the same time; ``btm run`` with the same configuration then finds
 them finished and does the rest. Exit code 143: it was asked to stop and has written its checkpoint.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -37,8 +41,9 @@ from btm.step_specs import build_spec
 from btm.steps import EXIT_PREEMPTED, is_finished, register
 from btm.tables import key_value_table
 from launch.logs import end_of_log
-from launch.slurm_group import StopRequest, run_group
-from launch.task import State
+from launch.slurm_group import StopRequest
+from launch.slurm_nodes import Leader, follow, leading, own_node
+from launch.task import State, Status, Task
 
 _FIRST = ("prepare", "seed")
 """Steps that change the forest itself; one process at a time."""
@@ -47,10 +52,21 @@ _LOG_LINES = 15
 
 def main(config: Config) -> None:
     """Run the steps named by ``steps=`` or ``element=``, one after the other, or the exported task in ``task=``."""
-    console = console_for(config)
-    if config.task:
-        run_task(config, Path(config.task).absolute(), console)
+    console, node, stop = console_for(config), own_node(os.environ), StopRequest()
+    meetings = Path(config.task or config.forest).absolute() / "slurm" / "nodes"
+    if node.rank:
+        with stop.installed():
+            follow(meetings, node, stop)
         return
+    with leading(meetings, node) as leader:
+        if config.task:
+            run_task(config, Path(config.task).absolute(), console, leader, stop)
+        else:
+            run_steps(config, console, leader, stop)
+
+
+def run_steps(config: Config, console: Console, leader: Leader, stop: StopRequest) -> None:
+    """Run the steps that the configuration names."""
     domains, novel, later = domain_groups(config)
     given = plan_input(config, domains, [*novel, *later])
     steps = selected_steps(given)
@@ -60,18 +76,17 @@ def main(config: Config) -> None:
         return
     context = make_context(config, domains, [*novel, *later])
     _check_config(config)
-    stop = StopRequest()
     with stop.installed():
         for step in steps:
             if step.name not in _FIRST:
-                _run(step, context, stop, console)
+                _run(step, context, leader, stop, console)
                 continue
             with Forest.lock(context.forest_dir):
                 store_config(config)
-                _run(step, context, stop, console)
+                _run(step, context, leader, stop, console)
 
 
-def run_task(config: Config, directory: Path, console: Console) -> None:
+def run_task(config: Config, directory: Path, console: Console, leader: Leader, stop: StopRequest) -> None:
     """Train the exported task in ``directory``, or go on with it, and note the checksums of what it leaves.
 
     Raises:
@@ -91,9 +106,8 @@ def run_task(config: Config, directory: Path, console: Console) -> None:
     check_inputs(task, directory, owner=str(directory))
     updates = Updates(spec.total_updates, spec.first_update, spec.batch_sequences, spec.batch_sequences)
     context = Context(config=config, forest_dir=directory, updates=updates, domains=[task.elm])
-    stop = StopRequest()
     with stop.installed():
-        _run(step, context, stop, console, spec=spec)
+        _run(step, context, leader, stop, console, spec=spec)
     seal(task, directory)
     console.print(f"bring {directory} back and type `btm import {directory} forest=<forest>`", markup=False)
 
@@ -136,7 +150,15 @@ def _check_config(config: Config) -> None:
         raise ConfigError(problems)
 
 
-def _run(step: Step, context: Context, stop: StopRequest, console: Console, *, spec: SpecModel | None = None) -> None:
+def _run(
+    step: Step,
+    context: Context,
+    leader: Leader,
+    stop: StopRequest,
+    console: Console,
+    *,
+    spec: SpecModel | None = None,
+) -> None:
     _check_needs(step, context)
     spec = spec or build_spec(step, context)
     if step.kind is not StepKind.prepare and is_finished(step, spec, context):
@@ -146,7 +168,7 @@ def _run(step: Step, context: Context, stop: StopRequest, console: Console, *, s
     task = make_task(step, spec, context)
     for attempt in range(context.config.launch.max_restarts + 1):
         log_start = task.log_path.stat().st_size if task.log_path.is_file() else 0
-        status = run_group(task, stop, stop_s=0.8 * context.config.launch.slurm.grace_s)
+        status = _led(leader, task, stop, stop_s=0.8 * context.config.launch.slurm.grace_s)
         if status.state is State.cancelled:
             console.print(f"{step.name} was asked to stop; the same command goes on from its last checkpoint")
             sys.exit(EXIT_PREEMPTED)
@@ -159,6 +181,13 @@ def _run(step: Step, context: Context, stop: StopRequest, console: Console, *, s
             log = end_of_log(task.log_path, _LOG_LINES, start=log_start)
             raise RunError(f"{step.name} failed: {reason}\n{log}")
         console.print(f"{step.name}: {reason}; once more from its checkpoint", markup=False)
+
+
+def _led(leader: Leader, task: Task, stop: StopRequest, *, stop_s: float) -> Status:
+    try:
+        return leader.run(task, stop, stop_s=stop_s)
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def _check_needs(step: Step, context: Context) -> None:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from slurm_cluster import until
+
 from tests.conftest import SMOKE
 
 RECIPE = (
@@ -44,6 +46,17 @@ def start_btm(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def wait_for_checkpoint(driver: subprocess.Popen[str], forest: Path, step: str = ELM) -> None:
+    """Wait until a training of a run that goes on has one."""
+
+    def look() -> bool:
+        if driver.poll() is not None:
+            raise AssertionError(f"the driver ended with {driver.returncode}: {driver.communicate()[0]}")
+        return bool(checkpoints(forest, step))
+
+    until(look, timeout_s=180, what=lambda: str(driver.poll()))
 
 
 def checkpoints(forest: Path, step: str = ELM) -> list[int]:

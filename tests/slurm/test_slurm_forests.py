@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import until
-from slurm_runs import ELM, checkpoints, elm_hashes, first_updates, start_btm, stopped_updates
+from slurm_runs import ELM, checkpoints, elm_hashes, first_updates, start_btm, stopped_updates, wait_for_checkpoint
 
 from tests.conftest import run_btm
 
@@ -101,7 +101,7 @@ def test_elements_on_a_dead_node_run_again(cluster, forest, arguments, reference
 def test_a_driver_that_is_told_of_a_cancelled_job_finishes_the_others(cluster, forest, arguments, reference):
     options = (*arguments, f"forest={forest}", "launch=slurm", "launch.slurm.poll_s=0.5")
     driver = start_btm("run", *options, cwd=forest.parent)
-    until(lambda: checkpoints(forest), timeout_s=120, what=lambda: str(driver.poll()))
+    wait_for_checkpoint(driver, forest)
     victim = next(job for job, name in cluster.jobs().items() if name.startswith("elm/code."))
     cluster.command("scancel", str(victim))
     output = driver.communicate(timeout=300)[0]
@@ -121,7 +121,7 @@ def test_a_driver_that_is_told_of_a_cancelled_job_finishes_the_others(cluster, f
 
 def test_a_driver_that_is_asked_to_stop_ends_its_jobs(cluster, forest, arguments):
     driver = start_btm("run", *arguments, f"forest={forest}", "launch=slurm", cwd=forest.parent)
-    until(lambda: checkpoints(forest), timeout_s=120, what=lambda: str(driver.poll()))
+    wait_for_checkpoint(driver, forest)
     driver.send_signal(signal.SIGTERM)
     output = driver.communicate(timeout=100)[0]
     assert driver.returncode == 130, output

@@ -41,7 +41,7 @@ def test_the_line_holds_what_the_task_and_the_options_say():
         "--parsable",
         "--job-name=n",
         "--nodes=1",
-        "--ntasks=1",
+        "--ntasks-per-node=1",
         "--cpus-per-task=3",
         "--gres=gpu:2",
         "--output=/r/log 100%%.txt",

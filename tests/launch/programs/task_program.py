@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ def note(path: str, *_: str) -> None:
         "rank": os.environ["RANK"],
         "local_rank": os.environ["LOCAL_RANK"],
         "world_size": os.environ["WORLD_SIZE"],
-        "rendezvous": os.environ["RENDEZVOUS_FILE"],
+        "rendezvous": os.environ.get("RENDEZVOUS_FILE"),
+        "host": socket.gethostname(),
         "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
         "threads": os.environ["OMP_NUM_THREADS"],
         "torch_threads": torch.get_num_threads() if torch else None,
@@ -87,12 +89,22 @@ def one_fails(path: str) -> None:
     sys.exit(7)
 
 
+def last_is_killed(path: str) -> None:
+    """The last rank dies by a signal when rank 0 is up."""
+    if os.environ["RANK"] == "0":
+        sleep(path, "100")
+    while not Path(path).exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def gloo() -> None:
     import torch
     import torch.distributed as dist
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = f"file://{os.environ['RENDEZVOUS_FILE']}"
+    file = os.environ.get("RENDEZVOUS_FILE")
+    store = f"file://{file}" if file else "env://"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     value = torch.full((300, 300), rank + 1.0) @ torch.eye(300)
     dist.all_reduce(value)
@@ -113,6 +125,7 @@ ACTIONS = {
     "tree": tree,
     "stubborn": stubborn,
     "one fails": one_fails,
+    "last is killed": last_is_killed,
     "gloo": gloo,
 }
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+_FINAL = ("CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare")
 _SBIN = "/usr/sbin:/sbin"
 _CONF = """\
@@ -131,9 +132,16 @@ class Cluster:
                 # Not at once: the node refuses a job within the second in which it was revoked.
                 hurried.add(restart)
                 self.command("scontrol", "update", f"JobId={job}", "StartTime=now+5", check=False)
+            if state in _FINAL and state not in states:
+                raise AssertionError(f"job {job} is {state}, not {states}")
             return state if state in states else None
 
         return until(look, timeout_s=timeout_s, what=lambda: f"job {job} is {self.state(job)}, not {states}")
+
+    def node_state(self, node: str) -> str:
+        """State of a node, such as IDLE or DOWN*."""
+        fields = self.command("scontrol", "--oneliner", "show", "node", node, check=False).split()
+        return next((field.partition("=")[2] for field in fields if field.startswith("State=")), "")
 
     def pids(self, node: str) -> list[int]:
         """Processes on a node: those in its network namespace."""
