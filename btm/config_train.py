@@ -36,6 +36,8 @@ class TrainConfig(Model):
     """Tokens per sequence."""
     micro_batch_sequences: int | None = Field(default=None, ge=1)
     """Sequences per forward pass; the rest of a batch is accumulated; null runs the batch in one pass."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and run the block again in the backward pass: less memory, about a third more time, the same results."""
     packing: Packing = Packing.blocks
     """blocks: contiguous tokens across documents; documents: no attention across document borders."""
     lr: float = Field(default=2e-3, gt=0)

@@ -20,6 +20,7 @@ from btm.config_train import TrainConfig
 from btm.corpus.sampler import Batch, BatchSampler
 from btm.corpus.windows import Windows
 from btm.errors import ConfigError
+from btm.model.activation_checkpointing import checkpoint_activations
 from btm.model.causal_lm import flops_per_token, num_parameters, save_model
 from btm.model.loss import IGNORED
 from btm.model.patches import prepare_for_training
@@ -78,6 +79,8 @@ class DeepSpeedEngine:
             # DeepSpeed makes master weights from rounded ones.
             exact = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         prepare_for_training(model, ranks.device, self._dtype)
+        if self._train.activation_checkpointing:
+            checkpoint_activations(model, is_reentrant=zero_stage(config) == 3)
         model.train()
         settings = deepspeed_config(config, self.num_parameters)
         with naming_lost_exchanges():

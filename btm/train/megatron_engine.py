@@ -90,6 +90,7 @@ class MegatronEngine:
                 dtype=self._dtype,
                 device=ranks.device,
                 is_sequence_parallel=config.sequence_parallel,
+                is_checkpointed=train.activation_checkpointing,
             )
             self._flat = self._make_flat()
         self._losses.train()

@@ -24,6 +24,7 @@ from btm.train.megatron_modules import (
     SwiGlu,
     WholeNorm,
     residual_sum,
+    run_again,
 )
 from btm.train.megatron_shape import GptShape, QueryKeyNorm
 from btm.train.megatron_start import Mesh, imported, quiet
@@ -42,6 +43,7 @@ class GptLosses(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         is_sequence_parallel: bool = False,
+        is_checkpointed: bool = False,
     ) -> None:
         """Build this process's part of the model, on the CPU.
 
@@ -52,6 +54,7 @@ class GptLosses(nn.Module):
             dtype: Of the parameters.
             device: Where the model will run; decides which layers are taken.
             is_sequence_parallel: Share out norms and residuals along the sequence.
+            is_checkpointed: Keep of each layer its input only, and run it again in the backward pass.
         """
         super().__init__()
         transformer_config = imported("megatron.core.transformer").TransformerConfig
@@ -88,7 +91,7 @@ class GptLosses(nn.Module):
             )
             self.gpt = imported("megatron.core.models.gpt").GPTModel(
                 config=config,
-                transformer_layer_spec=_block_spec(shape, mesh, device),
+                transformer_layer_spec=_block_spec(shape, mesh, device, is_checkpointed),
                 vocab_size=rows,
                 max_sequence_length=1,  # of learned positions, which there are not
                 share_embeddings_and_output_weights=shape.is_tied,
@@ -143,7 +146,7 @@ class GptLosses(nn.Module):
         return mappings.copy_to_tensor_model_parallel_region(hidden)
 
 
-def _block_spec(shape: GptShape, mesh: Mesh, device: torch.device) -> Any:
+def _block_spec(shape: GptShape, mesh: Mesh, device: torch.device, is_checkpointed: bool) -> Any:
     layers = imported("megatron.core.transformer.transformer_layer")
     attention = imported("megatron.core.transformer.attention")
     mlp = imported("megatron.core.transformer.mlp")
@@ -183,8 +186,9 @@ def _block_spec(shape: GptShape, mesh: Mesh, device: torch.device) -> Any:
         mlp=spec(mlp.MLP, submodules=feed_forward),
         mlp_bda=residual_sum,
     )
+    kind = run_again(layers.TransformerLayer) if is_checkpointed else layers.TransformerLayer
     return block.TransformerBlockSubmodules(
-        layer_specs=[spec(layers.TransformerLayer, submodules=layer)] * shape.num_layers, layer_norm=RmsNorm
+        layer_specs=[spec(kind, submodules=layer)] * shape.num_layers, layer_norm=RmsNorm
     )
 
 

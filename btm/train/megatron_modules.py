@@ -4,12 +4,14 @@ Nothing is imported from Megatron; each module takes the arguments that a specif
 kernels of the torch engine are used here, too.
 """
 
+import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from btm.model.attention import LONGEST, causal_attention
 from btm.model.elementwise import rms_norm, swiglu
@@ -188,6 +190,25 @@ class RotaryAngles(nn.Module):
         positions = torch.arange(length, dtype=torch.float32, device=self.frequencies.device)
         angles = torch.outer(positions, self.frequencies)
         return torch.cat([angles, angles], dim=-1)[:, None, None]
+
+
+@functools.cache
+def run_again(layer: type[nn.Module]) -> type[nn.Module]:
+    """A transformer layer that keeps its input only, and runs again in the backward pass.
+
+    Megatron's own way to do so asks for the random numbers of a CUDA device; these layers need none.
+
+    Args:
+        layer: Megatron's class.
+    """
+
+    class LayerRunAgain(layer):
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            if not (self.training and torch.is_grad_enabled()):
+                return super().forward(*arguments, **options)
+            return checkpoint(super().forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return LayerRunAgain
 
 
 class FixedRow:

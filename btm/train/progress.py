@@ -14,6 +14,7 @@ _FREE_KEYS = (
     "output_dir",
     "tokenizer_dir",
     "start.path",
+    "train.activation_checkpointing",
     "train.keep_checkpoints",
     "train.checkpoint_every",
     "train.max_bad_steps",

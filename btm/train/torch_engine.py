@@ -11,6 +11,7 @@ from btm.config_model import Dtype, EngineConfig
 from btm.config_train import TrainConfig
 from btm.corpus.sampler import Batch
 from btm.corpus.windows import Windows
+from btm.model.activation_checkpointing import checkpoint_activations
 from btm.model.causal_lm import flops_per_token, num_parameters, save_model
 from btm.model.expert_pass import ExpertPass
 from btm.model.loss import IGNORED, loss_sum, token_losses
@@ -82,6 +83,8 @@ class TorchEngine:
             num_extra=_NUM_VALUES + self._num_owners,
         )
         prepare_for_training(model, ranks.device, self._dtype)
+        if train.activation_checkpointing:
+            checkpoint_activations(model)
         self._experts = ExpertTraining.of(
             model, ranks, are_divided=self._division is not None, token_classes=token_classes
         )
