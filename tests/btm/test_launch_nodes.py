@@ -7,8 +7,9 @@ import pytest
 from btm.budget import divide_updates, model_size
 from btm.config_parse import parse_config
 from btm.errors import ConfigError
-from btm.plan import Machine, PlanInput, plan_run
-from btm.session import check_nodes, machine
+from btm.machine import Machine, machine
+from btm.plan import PlanInput, plan_run
+from btm.session import check_nodes
 from btm.step_context import Context
 
 RECIPE = {"batch_tokens": 3 * 64 * 24, "sequence_length": 64}
