@@ -37,7 +37,7 @@ class TrainConfig(Model):
     micro_batch_sequences: int | None = Field(default=None, ge=1)
     """Sequences per forward pass; the rest of a batch is accumulated; null runs the batch in one pass."""
     activation_checkpointing: bool = False
-    """Keep only the input of each block and run the block again in the backward pass: less memory, about a third more time, the same results."""
+    """Keep only the input of each block and run the block again in the backward pass: less memory for one more forward pass of the blocks, the same bits."""
     packing: Packing = Packing.blocks
     """blocks: contiguous tokens across documents; documents: no attention across document borders."""
     lr: float = Field(default=2e-3, gt=0)
