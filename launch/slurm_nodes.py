@@ -22,6 +22,7 @@ from launch.task import State, Status, Task
 _POLL_INTERVAL_S = 0.2
 _SILENCE_S = 60.0
 """Seconds that the others may take to say how they ended, after a failure; file systems pass news on slowly."""
+_LEAVING_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,15 @@ class Leader:
         return combined([own, *self._wait_for_others(task.name, is_well=own.state is State.succeeded)])
 
     def close(self) -> None:
-        """Send the others home."""
-        write_json(self._directory / "over.json", {})
+        """Send the others home, and let them leave first.
+
+        A task that fails has Slurm kill those that are still there, whose exit code would hide the one that counts.
+        """
+        write_json(_over(self._directory, 0), {"over": True})
+        deadline = time.monotonic() + _LEAVING_S
+        waiting = [_over(self._directory, rank) for rank in range(1, self._count)]
+        while not all(map(read_json, waiting)) and time.monotonic() < deadline:
+            time.sleep(_POLL_INTERVAL_S)
 
     def _others(self) -> list[Status | None]:
         return [_read(_word(self._directory, self._attempt, rank)) for rank in range(1, self._count)]
@@ -125,7 +133,8 @@ def follow(parent: Path, place: StepNode, stop: StopRequest) -> None:
     directory = parent / place.name
     for attempt in itertools.count(1):
         while not (request := read_json(_request(directory, attempt))):
-            if (directory / "over.json").exists():
+            if read_json(_over(directory, 0)):
+                write_json(_over(directory, place.rank), {"over": True})
                 return
             time.sleep(_POLL_INTERVAL_S)
         leader = _word(directory, attempt, 0)
@@ -140,6 +149,10 @@ def follow(parent: Path, place: StepNode, stop: StopRequest) -> None:
 
 
 _WELL = Status(name="", state=State.succeeded)
+
+
+def _over(directory: Path, rank: int) -> Path:
+    return directory / f"over-{rank}.json"
 
 
 def _request(directory: Path, attempt: int) -> Path:

@@ -1,13 +1,20 @@
-"""What each of several nodes runs, and what becomes of the task; real processes are in tests/ray and tests/slurm."""
+"""What each of several nodes runs, and what becomes of the task; real ones are in tests/ray and tests/slurm."""
 
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
+from task_waiting import facts, program
 
 from launch.nodes import Node, combined, ended_with_others, node_share
-from launch.process import check_task, process_specs
+from launch.process import added_import_path, check_task, process_specs
 from launch.resources import Allocation, nodes_problem
-from launch.slurm_nodes import own_node
+from launch.slurm_group import StopRequest
+from launch.slurm_nodes import StepNode, follow, leading, own_node
 from launch.slurm_options import SlurmOptions, job_request, size_options, task_of
 from launch.task import State, Status, Task
 
@@ -84,3 +91,59 @@ def test_slurm_is_asked_for_nodes_and_the_share_of_each():
     assert size_options(1, 3, 0) == ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=3"]
     request = job_request(task(), SlurmOptions(), outcome_dir=Path("/o"))
     assert task_of(request) == task(arguments=[])
+
+
+@pytest.fixture
+def import_path(monkeypatch):
+    """Lets fresh interpreters find the programs of these tests."""
+    monkeypatch.setenv("PYTHONPATH", added_import_path(sys.path))
+
+
+def agent(folder: Path, rank: int, name: str = "7.0.0") -> multiprocessing.Process:
+    def follow_first() -> None:
+        with (stop := StopRequest()).installed():
+            follow(folder / "meetings", StepNode(rank, 2, name), stop)
+
+    process = multiprocessing.get_context("fork").Process(target=follow_first)
+    process.start()
+    return process
+
+
+def test_agents_meet_by_files_attempt_by_attempt_and_leave_in_order(tmp_path, import_path):
+    """Both agents on this machine: what a Slurm step starts on two nodes."""
+    other = agent(tmp_path, 1)
+    size = {"num_processes": 2, "num_cpus": 2, "num_nodes": 2}
+    stop = StopRequest()
+    with stop.installed(), leading(tmp_path / "meetings", StepNode(0, 2, "7.0.0")) as leader:
+        failed = leader.run(program(tmp_path, "half", "exit by rank", "0", "7", **size), stop, stop_s=5.0)
+        well = leader.run(program(tmp_path, "both", "note by rank", str(tmp_path / "rank"), **size), stop, stop_s=5.0)
+        alone = leader.run(program(tmp_path, "alone", "note", str(tmp_path / "alone")), stop, stop_s=5.0)
+        with pytest.raises(ValueError, match="runs on 3 nodes, this job step has 2; submit it with sbatch --nodes=3"):
+            leader.run(task(num_nodes=3, num_processes=9, num_cpus=9, num_gpus=0), stop, stop_s=5.0)
+    other.join(20)
+    assert other.exitcode == 0
+    assert (failed.state, failed.exit_code) == (State.failed, 7)
+    assert failed.reason.startswith("process 1 of 2, on node 1 of 2,")
+    assert (well.state, alone.state) == (State.succeeded, State.succeeded)
+    seen = [facts(tmp_path / f"rank{rank}") for rank in range(2)]
+    assert [(one["rank"], one["local_rank"], one["world_size"]) for one in seen] == [("0", "0", "2"), ("1", "0", "2")]
+
+
+def test_a_stop_that_only_one_node_hears_of_stops_the_task(tmp_path, import_path):
+    other = agent(tmp_path, 1)
+    stop = StopRequest()
+    size = {"num_processes": 2, "num_cpus": 2, "num_nodes": 2}
+
+    def stop_the_other() -> None:
+        facts(tmp_path / "rank1")
+        os.kill(other.pid or 0, signal.SIGTERM)
+
+    messenger = threading.Thread(target=stop_the_other)
+    messenger.start()
+    waiting = program(tmp_path, "long", "sleep by rank", str(tmp_path / "rank"), "100", **size)
+    with stop.installed(), leading(tmp_path / "meetings", StepNode(0, 2, "7.0.0")) as leader:
+        status = leader.run(waiting, stop, stop_s=5.0)
+    messenger.join()
+    other.join(20)
+    assert status.state is State.cancelled
+    assert other.exitcode == 0

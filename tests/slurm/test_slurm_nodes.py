@@ -86,7 +86,8 @@ def test_an_element_on_two_nodes_is_preempted_and_continues(cluster, untrained, 
     cluster.wait_for(f"{job}_0", "COMPLETED", timeout_s=300)
     assert first_updates(untrained)[1:] == [update + 1 for update in stopped_updates(untrained)]
     assert len(stopped_updates(untrained)) == 1
-    run_btm("run", *one_domain, *TWO_PROCESSES, f"forest={untrained}", cwd=untrained.parent)
+    # What is left to do needs one node.
+    run_btm("run", *one_domain, *TWO_NODES, f"forest={untrained}", cwd=untrained.parent)
     assert elm_hashes(untrained) == elm_hashes(on_one_machine)
 
 

@@ -114,6 +114,8 @@ def gloo() -> None:
 
 ACTIONS = {
     "note": note,
+    "exit by rank": lambda *codes: sys.exit(int(codes[int(os.environ["RANK"])])),
+    "sleep by rank": lambda path, seconds: sleep(path + os.environ["RANK"], seconds),
     "note by rank": lambda path: note(path + os.environ["RANK"]),
     "sleep": sleep,
     "wait for": wait_for,
