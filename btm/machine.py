@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from btm.config import Config
 from btm.config_launch import ExecutorName
 from btm.errors import ConfigError
-from btm.plan import Machine
+from btm.plan_steps import Machine
 from launch.resources import available_cores, available_gpus
 from launch.slurm_options import SlurmOptions, options_problems
 

@@ -16,7 +16,7 @@ from types import FrameType
 from btm.display import RunDisplay, TaskView
 from btm.errors import BtmError, ForestError, RunError
 from btm.files import identity_of
-from btm.plan import Step, StepKind
+from btm.plan_steps import Step, StepKind
 from btm.requests import SpecModel
 from btm.step_context import Context
 from btm.step_specs import build_spec

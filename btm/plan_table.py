@@ -6,7 +6,7 @@ from rich.table import Table
 
 from btm.config import Config
 from btm.config_model import EngineName
-from btm.plan import PlanInput, Step, StepKind
+from btm.plan_steps import PlanInput, Step, StepKind
 from btm.tables import format_bytes, format_count, format_duration, format_flops, key_value_table, rows_table
 
 _CPU_FLOPS_PER_CORE = 1.5e11

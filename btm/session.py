@@ -17,7 +17,7 @@ from btm.files import read_json, write_json
 from btm.forest import Forest
 from btm.machine import check_groups, machine, slurm_options
 from btm.orchestrator import Orchestrator, Outcome
-from btm.plan import PlanInput, Step
+from btm.plan_steps import PlanInput, Step
 from btm.step_context import Context
 from btm.tracking import make_tracker
 from launch.task import Executor

@@ -6,7 +6,8 @@ Called by :mod:`btm.step_specs`.
 from pathlib import Path
 
 from btm.config_ffn import FfnConfig, FfnLayer
-from btm.plan import ROUTERS, Step, router_updates, sparse_score_names
+from btm.plan_sparse import router_updates, sparse_score_names
+from btm.plan_steps import ROUTERS, Step
 from btm.records import TRAINING_ROUTING, Ledger, StepResult, TrainResult
 from btm.requests import EvaluateSpec, ScoreSource, Start, TokenSource, TrainSpec
 from btm.sparse_models import DomainExperts, ExpertsResult, ExpertsSpec, SparseModels

@@ -6,7 +6,7 @@ from pathlib import Path
 from btm.errors import ForestError
 from btm.files import read_json
 from btm.forest import Forest
-from btm.plan import Step, StepKind
+from btm.plan_steps import Step, StepKind
 from btm.records import ElmRecord, MergeResult, Parent, PrepareResult, TrainResult
 from btm.requests import EvaluateSpec, MergeSpec, PrepareSpec, ScoreSpec, SpecModel, TrainSpec
 from btm.sparse_models import ExpertsSpec, SparseModels

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from btm.config_merge import MergeMethodName
-from btm.errors import BtmError, MergeError
+from btm.errors import MergeError
 from btm.files import directory_in_one_step, name_problem
 from btm.merge.average import default_threads
 from btm.merge.card import CARD_NAME, PROVENANCE_NAME, model_card, provenance
@@ -30,6 +30,7 @@ from btm.merge.request import MergeRequest, normalised
 from btm.merge.verify import check_recorded
 from btm.records import MergeResult
 from btm.requests import MergeInput, MergeSpec
+from btm.spec_file import run_spec_file
 
 Judge = Callable[[Path], float]
 
@@ -222,15 +223,7 @@ def _full_disk_as_error(output: Path) -> Iterator[None]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the spec file named on the command line; returns the exit code."""
-    if len(arguments) != 1:
-        print("usage: python -m btm.merge.worker spec.json", file=sys.stderr)  # noqa: T201
-        return 2
-    try:
-        run_spec(MergeSpec.load(Path(arguments[0])))
-    except BtmError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
-    return 0
+    return run_spec_file(arguments, MergeSpec, run_spec)
 
 
 if __name__ == "__main__":

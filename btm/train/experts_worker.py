@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btm.errors import BtmError
 from btm.files import read_json, remove_leftovers
 from btm.model.allocator import tune_allocator
 from btm.requests import ScoreSource
 from btm.sparse_models import ExpertsResult, ExpertsSpec
+from btm.spec_file import run_spec_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,12 +104,7 @@ def _posterior(model: "PreTrainedModel", spec: ExpertsSpec, dev: ScoreSource) ->
 def main(arguments: Sequence[str]) -> int:
     """Run the spec file named on the command line; returns the exit code."""
     tune_allocator()
-    try:
-        change(ExpertsSpec.load(Path(arguments[0])))
-    except BtmError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
-    return 0
+    return run_spec_file(arguments, ExpertsSpec, change)
 
 
 if __name__ == "__main__":

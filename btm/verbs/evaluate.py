@@ -8,7 +8,8 @@ from btm.config import Config
 from btm.config_ffn import FfnLayer
 from btm.errors import ForestError
 from btm.forest import Forest
-from btm.plan import ROUTERS, only_available, plan_evaluation
+from btm.plan import only_available, plan_evaluation
+from btm.plan_steps import ROUTERS
 from btm.records import Evaluation
 from btm.session import console_for, domain_groups, execute, existing_forest, make_context, plan_input
 from btm.sparse_models import SparseModels

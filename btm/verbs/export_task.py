@@ -9,7 +9,8 @@ from btm.errors import ConfigError, ForestError
 from btm.exported_tasks import Resources, write_task
 from btm.files import check_name
 from btm.forest import Forest
-from btm.plan import Step, StepKind, plan_add, plan_run
+from btm.plan import plan_add, plan_run
+from btm.plan_steps import Step, StepKind
 from btm.requests import TrainSpec
 from btm.session import console_for, domain_groups, execute, existing_forest, make_context, plan_input
 from btm.step_context import Context

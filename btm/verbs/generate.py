@@ -123,7 +123,7 @@ def _load_trained(forest: Forest, config: Config) -> Any:
     from btm.ensemble.demix import load_demix_ensemble
     from btm.forest_models import trained_length
     from btm.model.causal_lm import load_model
-    from btm.plan import ROUTERS
+    from btm.plan_steps import ROUTERS
     from btm.sparse_models import SparseModels
 
     model, _, domain = config.generate.model.replace("ensemble", "sparse").partition("/")

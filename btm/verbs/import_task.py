@@ -19,7 +19,7 @@ from btm.exported_tasks import (
 from btm.files import directory_in_one_step, exclusive_lock, remove_leftovers, sha256_of_file
 from btm.forest import Forest
 from btm.merge.model_files import open_model
-from btm.plan import Step, StepKind
+from btm.plan_steps import Step, StepKind
 from btm.records import TrainResult
 from btm.requests import TrainSpec
 from btm.session import console_for, existing_forest

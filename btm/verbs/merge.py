@@ -11,7 +11,7 @@ from btm.plan import only_available, plan_evaluation
 from btm.records import MergeResult
 from btm.requests import MergeInput, MergeSpec
 from btm.session import console_for, execute, existing_forest, make_context, plan_input
-from btm.step_specs import dev_source
+from btm.step_specs_evaluation import dev_source
 
 
 def main(config: Config) -> None:

@@ -13,7 +13,8 @@ from btm.config_launch import ExecutorName
 from btm.errors import ForestError
 from btm.forest import Forest
 from btm.merge.model_files import open_model
-from btm.plan import Step, plan_run
+from btm.plan import plan_run
+from btm.plan_steps import Step
 from btm.plan_table import plan_tables
 from btm.records import Evaluation
 from btm.session import (

@@ -14,7 +14,7 @@ from pathlib import Path
 from btm.config import Config
 from btm.config_launch import ExecutorName, SlurmAction
 from btm.errors import RunError
-from btm.plan import Step, StepKind
+from btm.plan_steps import Step, StepKind
 from btm.session import (
     check_writable,
     console_for,

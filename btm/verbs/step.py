@@ -24,7 +24,8 @@ from btm.exported_tasks import check_inputs, open_task, seal
 from btm.files import read_json
 from btm.forest import Forest
 from btm.orchestrator import make_task
-from btm.plan import ROUTERS, PlanInput, Step, StepKind, plan_run
+from btm.plan import plan_run
+from btm.plan_steps import ROUTERS, PlanInput, Step, StepKind
 from btm.plan_table import plan_tables
 from btm.requests import SpecModel
 from btm.session import (

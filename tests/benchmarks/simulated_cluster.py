@@ -25,7 +25,8 @@ from btm.budget import divide_updates, model_size
 from btm.config import Config
 from btm.display import RunDisplay
 from btm.forest import Forest
-from btm.plan import Machine, PlanInput, Step, StepKind, only_available, plan_run
+from btm.plan import only_available, plan_run
+from btm.plan_steps import Machine, PlanInput, Step, StepKind
 from btm.records import DomainInfo, Ledger, SplitInfo, TrainResult
 from btm.requests import TrainSpec
 from btm.step_context import Context

@@ -6,7 +6,8 @@ from btm.budget import model_size
 from btm.config_ffn import FfnConfig
 from btm.config_parse import parse_config
 from btm.errors import ConfigError
-from btm.plan import Machine, PlanInput, StepKind, plan_run
+from btm.plan import plan_run
+from btm.plan_steps import Machine, PlanInput, StepKind
 
 
 @pytest.mark.parametrize(

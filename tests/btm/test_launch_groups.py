@@ -7,7 +7,8 @@ from btm.budget import model_size
 from btm.cli import check_overrides
 from btm.config_parse import parse_config
 from btm.errors import ConfigError
-from btm.plan import Machine, PlanInput, plan_add, plan_run
+from btm.plan import plan_add, plan_run
+from btm.plan_steps import Machine, PlanInput
 from btm.plan_table import plan_tables
 from btm.session import plan_input
 

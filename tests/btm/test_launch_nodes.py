@@ -7,8 +7,9 @@ import pytest
 from btm.budget import divide_updates, model_size
 from btm.config_parse import parse_config
 from btm.errors import ConfigError
-from btm.machine import Machine, machine
-from btm.plan import PlanInput, plan_run
+from btm.machine import machine
+from btm.plan import plan_run
+from btm.plan_steps import Machine, PlanInput
 from btm.session import check_nodes
 from btm.step_context import Context
 

@@ -5,7 +5,8 @@ import pytest
 from btm.budget import divide_updates, model_size
 from btm.config_parse import parse_config
 from btm.config_train import BranchSource
-from btm.plan import Machine, PlanInput, StepKind, only_available, plan_add, plan_evaluation, plan_run
+from btm.plan import only_available, plan_add, plan_evaluation, plan_run
+from btm.plan_steps import Machine, PlanInput, StepKind
 from btm.plan_table import makespan_seconds, plan_tables
 
 

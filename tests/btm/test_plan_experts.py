@@ -4,7 +4,8 @@ import pytest
 
 from btm.budget import model_size
 from btm.config_parse import parse_config
-from btm.plan import Machine, PlanInput, StepKind, plan_add, plan_run
+from btm.plan import plan_add, plan_run
+from btm.plan_steps import Machine, PlanInput, StepKind
 
 
 @pytest.mark.parametrize("num_domains", [1, 2, 3, 8])

@@ -5,7 +5,8 @@ import pytest
 from btm.budget import model_size
 from btm.config_parse import parse_config
 from btm.errors import ConfigError
-from btm.plan import Machine, PlanInput, StepKind, plan_run
+from btm.plan import plan_run
+from btm.plan_steps import Machine, PlanInput, StepKind
 from btm.records import DomainScore, Evaluation, ModelScores
 from btm.summary import relations, write_summary
 

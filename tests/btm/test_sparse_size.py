@@ -5,7 +5,8 @@ import pytest
 from btm.budget import model_size, sparse_size
 from btm.config_model import Dtype
 from btm.config_parse import parse_config
-from btm.plan import Machine, PlanInput, plan_add, plan_run
+from btm.plan import plan_add, plan_run
+from btm.plan_steps import Machine, PlanInput
 from btm.plan_table import plan_tables
 
 VOCABULARY, DOMAINS = 300, ("a", "b", "c")

@@ -7,7 +7,8 @@ import pytest
 from btm.config_parse import parse_config
 from btm.files import read_json
 from btm.forest import Forest
-from btm.plan import StepKind, plan_run
+from btm.plan import plan_run
+from btm.plan_steps import StepKind
 from btm.records import Parent
 from btm.requests import TrainSpec
 from btm.session import make_context, plan_input

@@ -5,7 +5,8 @@ import pytest
 from btm.budget import model_size
 from btm.config_parse import parse_config
 from btm.errors import ConfigError
-from btm.plan import Machine, PlanInput, plan_add, plan_run
+from btm.plan import plan_add, plan_run
+from btm.plan_steps import Machine, PlanInput
 
 
 def given(num_processes: int, expert_parallel: int, batch_tokens: int) -> PlanInput:
