@@ -219,7 +219,7 @@ def test_tasks_that_are_not_trained_or_none_at_all(exported, tmp_path):
     ("change", "message"),
     [
         (lambda task: task["request"].update(output_dir="<forest>/../../home"), "outside of the task's directory"),
-        (lambda task: task["request"].update(output_dir="/tmp/elsewhere"), "outside of the task's directory"),
+        (lambda task: task["request"].update(output_dir="/elsewhere"), "outside of the task's directory"),
         (lambda task: task["request"].update(output_dir="<forest>/runs/elm/docs"), "not that of ELM 'code'"),
         (lambda task: task["request"].update(tokenizer_dir="/etc"), "outside of the task's directory"),
         (lambda task: task["request"].update(last_update="many"), "the request is damaged"),
