@@ -127,15 +127,20 @@ def engine_problems(
         model: Sizes of a model trained from scratch; None looks at the engine alone.
     """
     problems = _foreign_keys(engine)
-    if is_sparse and engine.name is not EngineName.torch:
+    if is_sparse and engine.name is EngineName.megatron:
         problems.append(f"engine={engine.name} trains dense models only, got expert layers (ffn); use engine=torch")
-    if engine.name is EngineName.torch:
+    if engine.name in (EngineName.torch, EngineName.deepspeed):
         problems += _expert_problems(engine, num_processes or engine.num_processes, is_sparse=is_sparse)
     if engine.name is EngineName.deepspeed:
         stage = 2 if engine.zero_stage is None else engine.zero_stage
         least = {Offload.none: 0, Offload.optimizer: 1, Offload.all: 3}[engine.offload]
         if stage < least:
             problems.append(f"engine.offload={engine.offload} needs engine.zero_stage of at least {least}, got {stage}")
+        if is_sparse and stage == 3:
+            problems.append(
+                "engine.zero_stage=3 trains dense models only, got expert layers (ffn); set engine.zero_stage to 0, 1 "
+                "or 2 and share out experts by engine.expert_parallel, or use engine=torch"
+            )
         problems += _deepspeed_problems(engine.deepspeed)
     if engine.name is EngineName.megatron:
         problems += _megatron_problems(engine, num_processes or engine.num_processes, model)
@@ -166,23 +171,23 @@ def _megatron_problems(engine: EngineConfig, num_processes: int, model: ModelCon
 
 def _foreign_keys(engine: EngineConfig) -> list[str]:
     """Keys that another engine than the one asked for takes."""
-    asked = {
-        EngineName.torch: {"expert_parallel": engine.expert_parallel > 1},
-        EngineName.deepspeed: {
+    asked: dict[tuple[EngineName, ...], dict[str, bool]] = {
+        (EngineName.torch, EngineName.deepspeed): {"expert_parallel": engine.expert_parallel > 1},
+        (EngineName.deepspeed,): {
             "zero_stage": engine.zero_stage is not None,
             "offload": engine.offload is not Offload.none,
             "deepspeed": bool(engine.deepspeed),
         },
-        EngineName.megatron: {
+        (EngineName.megatron,): {
             "tensor_parallel": engine.tensor_parallel > 1,
             "sequence_parallel": engine.sequence_parallel,
         },
     }
     return [
-        f"engine.{key} needs engine={owner}, got engine={engine.name}"
-        for owner, keys in asked.items()
+        f"engine.{key} needs engine={' or engine='.join(owners)}, got engine={engine.name}"
+        for owners, keys in asked.items()
         for key, is_asked in keys.items()
-        if is_asked and engine.name is not owner
+        if is_asked and engine.name not in owners
     ]
 
 
@@ -197,6 +202,20 @@ def _expert_problems(engine: EngineConfig, num_processes: int, *, is_sparse: boo
             f"engine.num_processes to a multiple of it, such as {-(-num_processes // size) * size}"
         ]
     return []
+
+
+def share_problems(engine: EngineConfig, num_experts: int | None) -> list[str]:
+    """What does not fit with layers of ``num_experts`` experts; None where domains decide how many.
+
+    DeepSpeed's processes exchange gradients in buckets of equal sizes, so all need equally many experts.
+    """
+    size = engine.expert_parallel
+    if engine.name is not EngineName.deepspeed or num_experts is None or num_experts % size == 0:
+        return []
+    return [
+        f"engine=deepspeed shares out experts equally: engine.expert_parallel={size} must divide the {num_experts} "
+        f"experts of a layer; choose another number of experts, or use engine=torch"
+    ]
 
 
 def _deepspeed_problems(given: dict[str, Any]) -> list[str]:

@@ -11,10 +11,10 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from btm.config import Config
-from btm.config_ffn import SWIGLU_ARCHITECTURES, FfnLayer, ffn_problems
+from btm.config_ffn import SWIGLU_ARCHITECTURES, FfnConfig, FfnLayer, ffn_problems
 from btm.config_launch import group_problems, node_problems
 from btm.config_merge import MergeMethodName
-from btm.config_model import engine_problems
+from btm.config_model import engine_problems, share_problems
 from btm.config_train import BranchOptimizer, BranchSource
 from btm.errors import ConfigError
 from btm.files import name_problem
@@ -184,10 +184,18 @@ def _other_problems(config: Config) -> list[str]:
     problems += engine_problems(
         config.engine, is_sparse=config.ffn.is_sparse, num_processes=processes, model=config.model
     )
+    problems += share_problems(config.engine, _experts_of_a_layer(config.ffn))
     for key in model.extra:
         if names_secret(key):
             problems.append(f"model.extra.{key} looks like a secret; secrets come from the environment only")
     return problems
+
+
+def _experts_of_a_layer(ffn: FfnConfig) -> int | None:
+    """None where there are none, or one per domain."""
+    if ffn.layer is FfnLayer.modality:
+        return sum(ffn.group_sizes)
+    return ffn.num_experts if ffn.layer in (FfnLayer.top_k, FfnLayer.base) else None
 
 
 def _describe(item: Any) -> str:

@@ -5,13 +5,26 @@ can write whole tensors under their own names, and fill them again, whatever the
 Nothing is imported from DeepSpeed; the attributes that are read are those of 0.19.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from btm.train.expert_steps import Stretches
+from btm.train.flat import SHARED, Owners
 from btm.train.gathered_tensors import MOMENTS
+
+
+class Place(NamedTuple):
+    """Where a part of a parameter lies on this process."""
+
+    master: torch.Tensor
+    begin: int
+    """First element in the master, flat."""
+    first: int
+    """First element of the parameter, flat, that is there."""
+    length: int
 
 
 class Shards(Protocol):
@@ -19,11 +32,16 @@ class Shards(Protocol):
 
     masters: Sequence[torch.Tensor]
     """fp32 tensors that the inner optimizer steps on here."""
-    is_replicated: bool
-    """Whether every process has all gradients, rather than a part that no other has."""
 
     def gradients(self) -> list[torch.Tensor]:
-        """Gradients, averaged over processes, between the last backward of an update and its step."""
+        """Gradients, averaged over processes, between the last backward of an update and its step.
+
+        Those of all processes together are those of the model, each element once.
+        """
+        ...
+
+    def place(self, parameter: nn.Parameter) -> Place | None:
+        """Where this process has its part of ``parameter``; None where it has none."""
         ...
 
     def whole(self, parameter: nn.Parameter, kind: str | None) -> torch.Tensor:
@@ -43,7 +61,9 @@ class Shards(Protocol):
         ...
 
 
-def shards_of(optimizer: Any, inner: torch.optim.Optimizer, *, stage: int, rank: int) -> Shards:
+def shards_of(
+    optimizer: Any, inner: torch.optim.Optimizer, *, stage: int, rank: int, counted: Collection[nn.Parameter]
+) -> Shards:
     """The shards of a new DeepSpeed engine, with moments of zero in ``inner``.
 
     Args:
@@ -51,10 +71,11 @@ def shards_of(optimizer: Any, inner: torch.optim.Optimizer, *, stage: int, rank:
         inner: The optimizer that was given to DeepSpeed.
         stage: Of ZeRO.
         rank: Of this process.
+        counted: Parameters whose gradients this process speaks for, where others have the same ones.
     """
     shards: Shards
     if stage == 0:
-        shards = _Replicated(optimizer, inner)
+        shards = _Replicated(optimizer, inner, counted)
     elif stage == 3:
         shards = _AllShared(optimizer, inner, rank)
     elif hasattr(optimizer, "fp32_groups_flat_partition"):
@@ -62,22 +83,43 @@ def shards_of(optimizer: Any, inner: torch.optim.Optimizer, *, stage: int, rank:
     else:
         shards = _StateShared(optimizer)
     for master in shards.masters:
-        inner.state[master] = {
-            "step": torch.zeros((), dtype=torch.float32, device=master.device),
-            **{kind: torch.zeros_like(master, requires_grad=False) for kind in MOMENTS},
-        }
+        inner.state[master] = {kind: torch.zeros_like(master, requires_grad=False) for kind in MOMENTS}
     if isinstance(shards, _StateShared):
         optimizer._lazy_init_hp_params_optimizer_state()
     return shards
 
 
+def stretches_of(
+    shards: Shards, parameters: Mapping[str, nn.Parameter], owners: Owners
+) -> dict[torch.Tensor, Stretches]:
+    """What lies in each master of this process, padding left out.
+
+    Args:
+        shards: Of this process.
+        parameters: By name.
+        owners: Experts of the parameters that belong to some.
+    """
+    parts: dict[torch.Tensor, list[tuple[int, int, int]]] = {master: [] for master in shards.masters}
+    for name, parameter in parameters.items():
+        place = shards.place(parameter)
+        if place is None:
+            continue
+        rows = owners.get(name, (SHARED,))
+        size = parameter.numel() // len(rows) if len(rows) > 1 else place.first + place.length
+        for number, owner in enumerate(rows):
+            first, last = max(place.first, number * size), min(place.first + place.length, (number + 1) * size)
+            if first < last:
+                begin = place.begin + first - place.first
+                parts[place.master].append((begin, begin + last - first, owner))
+    return {master: Stretches.of(found) for master, found in parts.items()}
+
+
 class _Replicated:
     """ZeRO 0: the inner optimizer has the parameters themselves, or fp32 copies of them one by one."""
 
-    is_replicated = True
-
-    def __init__(self, optimizer: Any, inner: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: Any, inner: torch.optim.Optimizer, counted: Collection[nn.Parameter]) -> None:
         self._inner = inner
+        self._counted = counted
         weights = getattr(optimizer, "fp16_groups", None)
         masters = [group["params"] for group in inner.param_groups]
         pairs = zip(masters if weights is None else weights, masters, strict=True)
@@ -87,7 +129,10 @@ class _Replicated:
         self.masters: Sequence[torch.Tensor] = list(self._master_of.values())
 
     def gradients(self) -> list[torch.Tensor]:
-        return [parameter.grad for parameter in self._master_of if parameter.grad is not None]
+        return [parameter.grad for parameter in self._counted if parameter.grad is not None]
+
+    def place(self, parameter: nn.Parameter) -> Place | None:
+        return Place(self._master_of[parameter], 0, 0, parameter.numel())
 
     def whole(self, parameter: nn.Parameter, kind: str | None) -> torch.Tensor:
         master = self._master_of[parameter]
@@ -110,8 +155,6 @@ class _Replicated:
 class _StateShared:
     """ZeRO 1 and 2: each group of parameters is one flat tensor, cut into equal stretches."""
 
-    is_replicated = False
-
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self.masters: Sequence[torch.Tensor] = self._flat_masters()
@@ -120,6 +163,13 @@ class _StateShared:
         if self._optimizer.cpu_offload:
             return [master.grad for master in self.masters if master.grad is not None]
         return [gradient for group in self._optimizer.averaged_gradients.values() for gradient in group]
+
+    def place(self, parameter: Any) -> Place | None:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Place(self.masters[mapping.param_group_index], here.start, there.start, there.numel)
 
     def whole(self, parameter: Any, kind: str | None) -> torch.Tensor:
         return parameter.get_full_hp_param(kind)
@@ -155,8 +205,6 @@ class _StateSharedInBf16(_StateShared):
 class _AllShared:
     """ZeRO 3: each parameter is cut into equal stretches, the last one padded; groups of these are flat tensors."""
 
-    is_replicated = False
-
     def __init__(self, optimizer: Any, inner: torch.optim.Optimizer, rank: int) -> None:
         self._optimizer = optimizer
         self._inner = inner
@@ -167,6 +215,12 @@ class _AllShared:
         if self._optimizer.offload_optimizer:
             return [master.grad for master in self.masters if master.grad is not None]
         return [gradient for group in self._optimizer.averaged_gradients.values() for gradient in group]
+
+    def place(self, parameter: nn.Parameter) -> Place | None:
+        group, begin, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        first = min(self._rank * length, parameter.ds_numel)  # pyright: ignore[reportAttributeAccessIssue]
+        rest = parameter.ds_numel - first  # pyright: ignore[reportAttributeAccessIssue]
+        return Place(self.masters[group], begin, first, min(length, rest))
 
     def whole(self, parameter: nn.Parameter, kind: str | None) -> torch.Tensor:
         return self._optimizer.get_full_hp_param(parameter, kind)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from btm.errors import ConfigError, TrainingError
+from btm.model.expert_pass import ExpertPass
 from btm.model.loss import loss_sum, token_losses
 from btm.train.ranks import Ranks
 
@@ -26,13 +27,31 @@ class Losses(nn.Module):
         self.model = model
 
     def forward(
-        self, inputs: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None, by_token: bool = False
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        segments: torch.Tensor | None,
+        experts: ExpertPass | None = None,
+        by_token: bool = False,
     ) -> torch.Tensor:
         """Sum of the losses of all targets; with ``by_token`` the loss of each [B, T], without gradients."""
-        return (token_losses if by_token else loss_sum)(self.model, inputs, targets, segments)
+        return (token_losses if by_token else loss_sum)(self.model, inputs, targets, segments, experts)
 
 
-def initialize(losses: Losses, optimizer: torch.optim.Optimizer, settings: dict[str, Any], ranks: Ranks) -> Any:
+def mark_expert(parameter: Any, expert_parallel: int) -> None:
+    """Mark a parameter that only some processes hold, so that DeepSpeed reduces its gradient among these alone."""
+    parameter.allreduce = False
+    parameter.group_name = f"ep_size_{expert_parallel}"
+
+
+def initialize(
+    losses: Losses,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    *,
+    expert_parallel: int = 1,
+) -> Any:
     """A DeepSpeed engine around ``losses``; every rank calls it.
 
     Args:
@@ -40,6 +59,7 @@ def initialize(losses: Losses, optimizer: torch.optim.Optimizer, settings: dict[
         optimizer: Over these parameters.
         settings: DeepSpeed's configuration.
         ranks: The processes that run this model; a single one gets a group of its own, which DeepSpeed needs.
+        expert_parallel: Neighbouring processes that share out the parameters marked by :func:`mark_expert`.
 
     Raises:
         ConfigError: If DeepSpeed refuses the settings.
@@ -53,6 +73,8 @@ def initialize(losses: Losses, optimizer: torch.optim.Optimizer, settings: dict[
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         atexit.register(_leave_group)
+    if expert_parallel > 1:
+        losses.add_module("sharing", _sharing(expert_parallel))
     try:
         # Some of its optimizers print how much memory there is.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -65,6 +87,24 @@ def initialize(losses: Losses, optimizer: torch.optim.Optimizer, settings: dict[
         # The loss multiplies by it outside of the module that owns it.
         deepspeed.zero.register_external_parameter(losses, head.weight)
     return engine
+
+
+def _sharing(expert_parallel: int) -> nn.Module:
+    """An empty module that makes DeepSpeed look for experts: it does so only beside instances of its own layer."""
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    class Sharing(MoE):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = expert_parallel
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            del use_data_before_expert_parallel_
+            if f"ep_size_{expert_parallel}" not in groups._get_expert_parallel_group_dict():
+                groups._create_expert_and_data_parallel(expert_parallel)
+
+    return Sharing()
 
 
 def _imported() -> Any:

@@ -94,6 +94,12 @@ class ExpertDivision:
             if state:
                 model.set_submodule(path, experts.undivided(state))
 
+    def own_rows(self, name: str, whole: torch.Tensor) -> torch.Tensor | None:
+        """This process's part of a tensor of the undivided model; None where it has none."""
+        divided = self._divided(name, None)
+        rows = divided.rows[divided.index]
+        return whole[rows.start : rows.stop] if rows else None
+
     def _divided(self, name: str, own: torch.Tensor | None) -> DividedTensor:
         path = next(path for path in self.layers if name.startswith(f"{path}."))
         experts, shape = self.layers[path], self.shapes[name]

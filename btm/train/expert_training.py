@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import nn
 
 from btm.config_ffn import Balance, FfnConfig
+from btm.corpus.sampler import Batch
 from btm.model.expert_block import expert_modules
 from btm.model.expert_pass import ExpertPass, LayerReport
 from btm.model.learning_routers import DEPTH_ACCURACY, DEPTH_LOSS, ROUTER_ACCURACY, ROUTER_LOSS
+from btm.model.loss import IGNORED
 from btm.model.sparse_lm import kept_buffers, sparsity_of
 from btm.train.ranks import Ranks
 from moe_kernels.losses import BalanceBuffer
@@ -74,6 +76,19 @@ class ExpertTraining:
             for buffer in training._prices() + (training._buffers() if shared else []):
                 buffer.group = dist.group.WORLD
         return training
+
+    def pass_of(self, part: Batch) -> ExpertPass:
+        """Labels of the tokens of some sequences of an update."""
+        domain, segments = part.domain, part.input_segments
+        return ExpertPass(
+            domain=None if domain is None else torch.from_numpy(domain).to(self.ranks.device),
+            is_real=None if segments is None else torch.from_numpy(segments > 0).to(self.ranks.device),
+        )
+
+    def dev_pass_of(self, targets: torch.Tensor, domain_id: int | None) -> ExpertPass:
+        """Labels of the tokens of dev documents of one domain, or of none that the model knows."""
+        domain = None if domain_id is None else torch.full_like(targets[:, 0], domain_id)
+        return ExpertPass(domain=domain, is_real=targets != IGNORED)
 
     def start_update(self) -> None:
         """Forget the statistics of the update before."""

@@ -42,3 +42,16 @@ def taken_from_main(ranks: Ranks, tensors: dict[str, torch.Tensor], name: str, s
         with naming_lost_peers():
             dist.broadcast(value, src=0)
     return value
+
+
+def copy_from_main(ranks: Ranks, tensor: torch.Tensor) -> None:
+    """Give ``tensor`` the values that the main process has; every process calls it.
+
+    Raises:
+        PeerLostError: If a process is gone.
+    """
+    if ranks.size > 1:
+        value = tensor.to(ranks.device)
+        with naming_lost_peers():
+            dist.broadcast(value, src=0)
+        tensor.copy_(value)

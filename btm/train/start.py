@@ -77,24 +77,24 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
     trainer = Trainer(run, progress, stop_requested)
     if own is not None:
         trainer.mark_saved()
-    elif spec.start.kind == "upcycle" and isinstance(engine, TorchEngine):
-        report_jump(spec, engine, dev, metrics)
+    elif spec.start.kind == "upcycle":
+        report_jump(spec, engine, model, dev, metrics)
     return trainer
 
 
 def _engine_of(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks, passes: list[int] | None) -> Engine:
-    if spec.engine.name is EngineName.torch:
-        classes = torch.from_numpy(token_classes(spec.tokenizer_dir)) if sparsity_of(model) else None
-        return TorchEngine(
-            model, train=spec.train, config=spec.engine, ranks=ranks, passes=passes, token_classes=classes
-        )
     if spec.engine.name is EngineName.megatron:
         from btm.train.megatron_engine import MegatronEngine
 
         return MegatronEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
-    from btm.train.deepspeed_engine import DeepSpeedEngine
+    kind = TorchEngine
+    # DeepSpeed trains all weights; where most are frozen, there is little state to share out.
+    if spec.engine.name is EngineName.deepspeed and all(weight.requires_grad for weight in model.parameters()):
+        from btm.train.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
+        kind = DeepSpeedEngine
+    classes = torch.from_numpy(token_classes(spec.tokenizer_dir)) if sparsity_of(model) else None
+    return kind(model, train=spec.train, config=spec.engine, ranks=ranks, passes=passes, token_classes=classes)
 
 
 def _passes(spec: TrainSpec, ranks: Ranks, own: Checkpoint | None) -> list[int] | None:

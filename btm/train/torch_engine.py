@@ -1,6 +1,6 @@
 """The engine for models that fit one device: a single process, or data and expert parallel over gloo or NCCL."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +14,18 @@ from btm.corpus.windows import Windows
 from btm.model.activation_checkpointing import checkpoint_activations
 from btm.model.causal_lm import flops_per_token, num_parameters, save_model
 from btm.model.expert_pass import ExpertPass
-from btm.model.loss import IGNORED, loss_sum, token_losses
+from btm.model.loss import loss_sum, token_losses
 from btm.model.patches import prepare_for_training
 from btm.train.engine import DevLoss, Gradients, TensorFiles
 from btm.train.expert_division import ExpertDivision
 from btm.train.expert_owners import expert_owners, num_experts, step_names
-from btm.train.expert_passes import order_by_expert, passes_of, passes_of_rank
 from btm.train.expert_training import ExpertTraining
 from btm.train.flat import FlatParameters
 from btm.train.flat_adam import FlatAdamW
+from btm.train.passes import Passes
 from btm.train.peak import matmul_peak_of
 from btm.train.ranks import Ranks, naming_lost_exchanges
-from moe_kernels.layers import DemixLayer
 
-_MAX_SEED = 2**63
 _NUM_VALUES = 2
 _DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
@@ -68,7 +66,6 @@ class TorchEngine:
         self.ranks = ranks
         self.model = model
         self._train = train
-        self._passes = None if passes is None else list(passes)
         self._dtype = _DTYPES[config.dtype]
         self.num_parameters = num_parameters(model)
         self.flops_per_token = flops_per_token(model, train.sequence_length)
@@ -90,7 +87,15 @@ class TorchEngine:
         )
         self._adam = FlatAdamW(self.flat, train, self._num_owners)
         self._is_busy = np.zeros(self._num_owners, dtype=bool)
-        self._is_demix = any(isinstance(module, DemixLayer) for module in model.modules())
+        self._passes = Passes.of(
+            model,
+            train,
+            ranks,
+            sizes=passes,
+            num_shares=config.expert_parallel,
+            are_equal=self._experts is not None and self._experts.needs_equal_passes,
+            dev_are_equal=self._division is not None,
+        )
         self._num_targets, self._random_seed = 1, 0
         self._norm = 0.0
         model.train()
@@ -98,7 +103,7 @@ class TorchEngine:
     @property
     def num_optimizer_steps(self) -> int:
         """Optimizer steps taken so far."""
-        return self._adam.num_steps
+        return self._adam.steps.shared
 
     def gradients(self, batch: Batch, *, random_seed: int, stop_requested: bool) -> Gradients:
         """See :meth:`btm.train.engine.Engine.gradients`."""
@@ -129,14 +134,13 @@ class TorchEngine:
 
     def dev_loss(self, windows: Windows, domain_id: int | None = None) -> DevLoss:
         """See :meth:`btm.train.engine.Engine.dev_loss`."""
-        count = self._train.micro_batch_sequences or max(1, self._train.batch_tokens // self._train.sequence_length)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         passes: list[ExpertPass] = []
         self.model.eval()
-        for inputs, targets in self._dev_parts(windows, count):
+        for arrays in self._passes.of_windows(windows):
+            inputs, targets = (self._tensor(array) for array in arrays)
             if self._experts is not None:
-                domain = None if domain_id is None else torch.full_like(inputs[:, 0], domain_id)
-                passes.append(ExpertPass(domain=domain, is_real=targets != IGNORED))
+                passes.append(self._experts.dev_pass_of(targets, domain_id))
             with naming_lost_exchanges():
                 losses = token_losses(self.model, inputs, targets, experts=passes[-1] if passes else None)
             total[0] += losses.double().sum()
@@ -159,15 +163,15 @@ class TorchEngine:
             for buffer in (self.flat.masters, *self._adam.moments)
             for tensors in [{slot.name: slot.view(buffer) for slot in self.flat.slots}]
         )
-        steps = {f"step.{name}": self._adam.owner_steps[which] for name, which in self._step_names.items()}
+        steps = {f"step.{name}": self._adam.steps.experts[which] for name, which in self._step_names.items()}
         named = zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
         optimizer = {f"{kind}.{name}": tensor for kind, tensors in named for name, tensor in tensors.items()}
         kept = {} if self._experts is None else self._experts.kept_buffers()
-        return {"model.safetensors": masters | kept, "optimizer.safetensors": optimizer | steps}
+        return {"model.safetensors": {**masters, **kept}, "optimizer.safetensors": optimizer | steps}
 
     def tensors_loaded(self, num_optimizer_steps: int) -> None:
         """See :meth:`btm.train.engine.Engine.tensors_loaded`."""
-        self._adam.num_steps = num_optimizer_steps
+        self._adam.steps.shared = num_optimizer_steps
         self.flat.refresh_weights()
 
     def save_model(self, directory: Path, tokenizer_dir: Path) -> None:
@@ -184,31 +188,21 @@ class TorchEngine:
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Gradients of this rank's passes over ``batch``; returns the sum of their losses."""
-        batch = self._ordered(batch)
-        sizes = self._passes or passes_of(len(batch.tokens), self.ranks.size, self._train.micro_batch_sequences)
-        begins = np.cumsum([0, *sizes])
         targets_per_token = self._num_targets / max(1, batch.num_input_tokens)
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
-        own = passes_of_rank(len(sizes), self.ranks.rank, self.ranks.size)
         if self._experts is not None:
             self._experts.start_update()
-        for number in own:
-            # By pass, so that random numbers do not depend on who runs it.
-            torch.manual_seed((self._random_seed * len(sizes) + number) % _MAX_SEED)
-            total += self._pass(batch.part(slice(begins[number], begins[number + 1])), targets_per_token)
+        for one in self._passes.of_batch(batch, self._random_seed):
+            loss = self._pass(one.part, 0.0 if one.is_padding else targets_per_token)
+            if not one.is_padding:
+                total += loss
         if self._experts is not None:
-            most = -(-len(sizes) // self.ranks.size)
-            for _ in range(most - len(own) if self._experts.needs_equal_passes else 0):
-                self._pass(batch.padding(), 0.0)
             self._experts.end_update()
         return total
 
     def _pass(self, part: Batch, targets_per_token: float) -> torch.Tensor:
         segments = part.input_segments
-        experts, extra = None, None
-        if self._experts is not None:
-            domain = None if part.domain is None else self._tensor(part.domain)
-            experts = ExpertPass(domain=domain, is_real=None if segments is None else self._tensor(segments > 0))
+        experts, extra = None if self._experts is None else self._experts.pass_of(part), None
         loss = loss_sum(
             self.model,
             self._tensor(part.inputs),
@@ -222,27 +216,6 @@ class TorchEngine:
         if self._experts is not None:
             self._experts.end_pass()
         return loss.detach()
-
-    def _ordered(self, batch: Batch) -> Batch:
-        """The batch with sequences near the experts that their domain alone decides on."""
-        if self._division is None or batch.domain is None or not self._is_demix:
-            return batch
-        shares = self._division.ranks.size
-        order = order_by_expert(batch.domain, shares, self.ranks.size // shares)
-        segments = None if batch.segments is None else batch.segments[order]
-        return Batch(batch.tokens[order], segments, batch.domain_tokens, batch.domain[order])
-
-    def _dev_parts(self, windows: Windows, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs and targets of this rank, equally many on each rank where experts are divided."""
-        num_windows, stride = len(windows.inputs), self.ranks.size * count
-        for first in range(0, num_windows, stride):
-            begin = first + self.ranks.rank * count
-            part = slice(begin, begin + count)
-            if begin < num_windows:
-                yield self._tensor(windows.inputs[part]), self._tensor(windows.targets[part])
-            elif self._division is not None:
-                inputs = windows.inputs[:1]
-                yield self._tensor(inputs), self._tensor(np.full_like(windows.targets[:1], IGNORED))
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.ranks.device, non_blocking=True)

@@ -17,8 +17,8 @@ from btm.model.learning_routers import training_routing
 from btm.model.loss import IGNORED, token_losses
 from btm.model.upcycle import upcycle
 from btm.requests import TrainSpec
+from btm.train.engine import Engine
 from btm.train.metrics import MetricsFile
-from btm.train.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,16 +46,19 @@ def upcycled_model(spec: TrainSpec, vocab_size: int) -> "PreTrainedModel":
     return model.train()
 
 
-def report_jump(spec: TrainSpec, engine: TorchEngine, dev: Mapping[str, Windows], metrics: MetricsFile | None) -> None:
+def report_jump(
+    spec: TrainSpec, engine: Engine, model: "PreTrainedModel", dev: Mapping[str, Windows], metrics: MetricsFile | None
+) -> None:
     """Measure and log what the upcycling did to the loss on dev documents, before the first update.
 
-    The new model is read with the routing of its training: its auxiliary routers know nothing yet. Every rank calls it.
+    The ``model`` that ``engine`` runs is read with the routing of its training: its auxiliary routers know nothing yet.
+    Every rank calls it.
     """
     seed = load_model(spec.start.path or "").to(engine.ranks.device)  # pyright: ignore[reportArgumentType]
     row: dict[str, Any] = {"update": spec.first_update, "tokens": 0, "time": round(time.time(), 3)}
     for domain, windows in dev.items():
         before = _mean_loss(seed, windows)
-        with training_routing(engine.model):
+        with training_routing(model):
             after = engine.dev_loss(windows).loss
         row |= {
             f"eval/{domain}/loss": after,

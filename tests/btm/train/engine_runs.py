@@ -19,6 +19,13 @@ def by_torch(spec: TrainSpec, world: int, **engine) -> TrainSpec:
     return spec.model_copy(update={"engine": EngineConfig(**({"dtype": "fp32", "num_processes": world} | engine))})
 
 
+def by_deepspeed(spec: TrainSpec, stage: int, world: int, **engine) -> TrainSpec:
+    """``spec`` under DeepSpeed, in fp32; ZeRO 3 cuts up tiny weights, too."""
+    small = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    settings = {"dtype": "fp32", "name": "deepspeed", "zero_stage": stage, "num_processes": world, "deepspeed": small}
+    return spec.model_copy(update={"engine": EngineConfig(**(settings | engine))})
+
+
 def dying_after(update: int, victim: int = 0) -> Callable[[int], None]:
     """Let the main rank kill itself as soon as it has written the checkpoint of ``update``."""
 

@@ -57,13 +57,33 @@ def test_every_owned_key_is_refused_wherever_it_stands():
             parse_config({"engine": DEEPSPEED | {"deepspeed": given}})
 
 
-def test_expert_layers_are_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match="use engine=torch"):
-        parse_config({"engine": DEEPSPEED, "ffn": {"layer": "top_k"}})
+def test_expert_layers_under_zero_3_are_refused_with_the_remedy():
+    engine = DEEPSPEED | {"zero_stage": 3}
+    remedy = "set engine.zero_stage to 0, 1 or 2 and share out experts by engine.expert_parallel, or use engine=torch"
+    with pytest.raises(ConfigError, match=remedy):
+        parse_config({"engine": engine, "ffn": {"layer": "top_k"}})
     model = build_model(SIZES, vocab_size=61, eos_id=0, seed=1)
     add_experts(model, FfnConfig(layer="top_k"), ["a"], seed=1, is_pretrained=False)
-    with pytest.raises(ConfigError, match="use engine=torch"):
-        DeepSpeedEngine(model, train=TrainConfig(), config=EngineConfig(**DEEPSPEED), ranks=Ranks())
+    with pytest.raises(ConfigError, match=remedy):
+        DeepSpeedEngine(model, train=TrainConfig(), config=EngineConfig(**engine), ranks=Ranks())
+
+
+@pytest.mark.parametrize(
+    ("ffn", "count"),
+    [({"layer": "base", "num_experts": 5}, 5), ({"layer": "modality", "group_sizes": [1, 2]}, 3)],
+)
+def test_experts_that_cannot_be_shared_out_equally_are_refused_with_the_remedy(ffn, count):
+    engine = DEEPSPEED | {"num_processes": 2, "expert_parallel": 2}
+    words = (
+        f"engine.expert_parallel=2 must divide the {count} experts of a layer; choose another number of experts, or use"
+    )
+    with pytest.raises(ConfigError, match=words):
+        parse_config({"engine": engine, "ffn": ffn, "launch": {"cpus_per_elm": 2}, "data": {"images": ["a"]}})
+    model = build_model(SIZES, vocab_size=61, eos_id=0, seed=1)
+    starts = {"modality_starts": [30]} if ffn["layer"] == "modality" else {}
+    add_experts(model, FfnConfig(**ffn, **starts), ["a"], seed=1, is_pretrained=False)
+    with pytest.raises(ConfigError, match=words):
+        DeepSpeedEngine(model, train=TrainConfig(), config=EngineConfig(**engine), ranks=Ranks())
 
 
 def test_frozen_weights_are_refused():

@@ -5,20 +5,10 @@ import time
 
 import deepspeed_ready  # noqa: F401
 import pytest
-from engine_runs import KILLED, PEER_LOST, by_torch, dying_after, same_curve
+from engine_runs import KILLED, PEER_LOST, by_deepspeed, by_torch, dying_after, same_curve
 from training_runs import kill, last_checkpoint, log, outcome, run, run_group, start_group, wait, wait_for
 
-from btm.config_model import EngineConfig
-from btm.requests import TrainSpec
-
 pytestmark = pytest.mark.distributed
-SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-"""Tiny weights are cut up, too."""
-
-
-def by_deepspeed(spec: TrainSpec, stage: int, world: int, **engine) -> TrainSpec:
-    settings = {"dtype": "fp32", "name": "deepspeed", "zero_stage": stage, "num_processes": world, "deepspeed": SMALL}
-    return spec.model_copy(update={"engine": EngineConfig(**(settings | engine))})
 
 
 def test_a_run_goes_on_with_other_stages_numbers_of_processes_and_engines(make_spec):

@@ -221,7 +221,23 @@ def test_a_number_of_processes_that_does_not_divide_is_refused():
         (
             {"name": "deepspeed", "num_processes": 2, "expert_parallel": 2},
             False,
-            "engine.expert_parallel needs engine=torch, got engine=deepspeed",
+            "engine.expert_parallel=2 needs expert layers",
+        ),
+        (
+            {"name": "deepspeed", "num_processes": 3, "expert_parallel": 2},
+            True,
+            "engine.expert_parallel=2 must divide the 3 processes",
+        ),
+        ({"name": "deepspeed", "num_processes": 2, "expert_parallel": 2}, True, None),
+        (
+            {"name": "deepspeed", "zero_stage": 3},
+            True,
+            "engine.zero_stage=3 trains dense models only, got expert layers (ffn); set engine.zero_stage to 0, 1 or 2",
+        ),
+        (
+            {"name": "megatron", "num_processes": 2, "expert_parallel": 2},
+            False,
+            "engine.expert_parallel needs engine=torch or engine=deepspeed, got engine=megatron",
         ),
     ],
 )

@@ -9,25 +9,27 @@ from btm.plan import plan_add, plan_run
 from btm.plan_steps import Machine, PlanInput
 
 
-def given(num_processes: int, expert_parallel: int, batch_tokens: int) -> PlanInput:
+def given(num_processes: int, expert_parallel: int, batch_tokens: int, engine: str = "torch") -> PlanInput:
     config = parse_config(
         {
             "ffn": {"layer": "demix"},
             "baselines": {"dense": True},
             "train": {"sequence_length": 128, "batch_tokens": batch_tokens},
             "launch": {"cpus_per_elm": num_processes},
-            "engine": {"num_processes": num_processes, "expert_parallel": expert_parallel},
+            "engine": {"name": engine, "num_processes": num_processes, "expert_parallel": expert_parallel},
         }
     )
     size = model_size(config.model, config.tokenizer.vocab_size)
     return PlanInput(config=config, machine=Machine(num_cpus=8), size=size, domains=["ants", "bees"])
 
 
-def test_the_sparse_model_gets_a_multiple_of_the_processes_that_share_out_its_experts():
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_the_sparse_model_gets_a_multiple_of_the_processes_that_share_out_its_experts(engine):
     """Six sequences, four processes: three would share them, two do where experts are shared out by two."""
-    processes = {step.name: step.num_processes for step in plan_run(given(4, 2, 6 * 128))}
+    asked = given(4, 2, 6 * 128, engine)
+    processes = {step.name: step.num_processes for step in plan_run(asked)}
     assert (processes["sparse"], processes["dense"]) == (2, 3)
-    (step,) = (step for step in plan_add(given(4, 2, 6 * 128), "cats", num_original_domains=2) if "expert" in step.name)
+    (step,) = (step for step in plan_add(asked, "cats", num_original_domains=2) if "expert" in step.name)
     assert step.num_processes == 3
 
 
