@@ -34,4 +34,6 @@ def checkpoint_activations(model: PreTrainedModel, *, is_reentrant: bool = False
     options = {"use_reentrant": is_reentrant}
     if has_experts:
         options["early_stop"] = False
-    model.gradient_checkpointing_enable(options)
+    # Newer versions of transformers warn of the older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
