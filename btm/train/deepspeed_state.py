@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from btm.train.deepspeed_shards import Shards
 from btm.train.divided_tensor import DividedTensor
@@ -53,7 +54,7 @@ class WholeState:
         if own is not None:
             self.shards.fill(self.parameters[own_name], kind, own)
 
-    def restore(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def restore(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         """Put rounded masters into ``model``, all of them on the main process and its CPU; training ends with this."""
         local = self.local
         for name, parameter in self.parameters.items():
