@@ -18,6 +18,8 @@ from pathlib import Path
 
 _FINAL = ("CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare")
+_GPUS = 8
+"""That each node claims; there is none."""
 _SBIN = "/usr/sbin:/sbin"
 _CONF = """\
 ClusterName=tests
@@ -41,14 +43,16 @@ SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1,sched_min
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MpiDefault=none
+GresTypes=gpu
 SlurmdParameters=config_overrides
 SlurmdTimeout=10
 MessageTimeout=5
 KillWait={kill_wait_s}
 ReturnToService=2
 NodeName={prefix}[0-{last}] NodeHostname={prefix}[0-{last}] NodeAddr={network}.[10-{last_address}] Port={node_port} \
-CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000
+Gres=gpu:{gpus} CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000
 PartitionName=main Nodes=ALL Default=YES DefaultTime=10 MaxTime=30 PriorityTier=10 PreemptMode=OFF
+PartitionName=gpu Nodes=ALL DefaultTime=10 MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=ALL DefaultTime=10 MaxTime=30 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=high Nodes=ALL DefaultTime=10 MaxTime=30 PriorityTier=20 PreemptMode=OFF
 """
@@ -213,9 +217,11 @@ class Cluster:
             last=len(self.nodes) - 1,
             last_address=10 + len(self.nodes) - 1,
             cpus=cpus,
+            gpus=_GPUS,
             kill_wait_s=kill_wait_s,
         )
         (self.directory / "slurm.conf").write_text(conf)
+        self._pretend_gpus()
         hosts = [f"{self._network}.{10 + index} {node}" for index, node in enumerate(self.nodes)]
         own = f"{self._network}.1 {socket.gethostname().partition('.')[0]}"
         (self.directory / "hosts").write_text("\n".join(["127.0.0.1 localhost", own, *hosts, ""]))
@@ -227,6 +233,14 @@ class Cluster:
         for node in self.nodes:
             self.start_node(node)
         until(lambda: self.idle_nodes() == len(self.nodes), timeout_s=30, what=lambda: self.command("sinfo", "-N"))
+
+    def _pretend_gpus(self) -> None:
+        # Slurm wants character devices, and numbers them as their names end.
+        for index in range(_GPUS):
+            (self.directory / f"gpu{index}").symlink_to("/dev/null")
+        nodes = f"{self.prefix}[0-{len(self.nodes) - 1}]"
+        line = f"NodeName={nodes} Name=gpu File={self.directory}/gpu[0-{_GPUS - 1}]"
+        (self.directory / "gres.conf").write_text(f"AutoDetect=off\n{line}\n")
 
     def idle_nodes(self) -> int:
         """Nodes that wait for jobs."""
