@@ -15,7 +15,7 @@ from btm.config_ffn import SWIGLU_ARCHITECTURES, FfnConfig, FfnLayer, ffn_proble
 from btm.config_launch import group_problems, node_problems
 from btm.config_merge import MergeMethodName
 from btm.config_model import engine_problems, share_problems
-from btm.config_train import BranchOptimizer, BranchSource
+from btm.config_train import BranchOptimizer, BranchSource, optimizer_problems
 from btm.errors import ConfigError
 from btm.files import name_problem
 from btm.redaction import names_secret
@@ -185,6 +185,7 @@ def _other_problems(config: Config) -> list[str]:
         config.engine, is_sparse=config.ffn.is_sparse, num_processes=processes, model=config.model
     )
     problems += share_problems(config.engine, _experts_of_a_layer(config.ffn))
+    problems += optimizer_problems(config.train)
     for key in model.extra:
         if names_secret(key):
             problems.append(f"model.extra.{key} looks like a secret; secrets come from the environment only")

@@ -23,6 +23,13 @@ class Packing(StrEnum):
     documents = "documents"
 
 
+class Optimizer(StrEnum):
+    """Who turns gradients into updates."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+
+
 class TrainConfig(Model):
     """Recipe shared by every model of a run."""
 
@@ -50,6 +57,8 @@ class TrainConfig(Model):
     """Share of all updates with a linearly rising learning rate."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """Share of all updates that the final decay of wsd takes."""
+    optimizer: Optimizer = Optimizer.adamw
+    """AdamW (https://arxiv.org/abs/1711.05101) with moments in fp32; adamw_8bit is refused, with what takes its place."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Adam's first decay."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -74,6 +83,17 @@ class TrainConfig(Model):
     """Consecutive skipped updates (NaN, Inf or loss spike) after which training stops."""
     spike_factor: float = Field(default=3.0, gt=1)
     """A loss above this many times its running mean is a spike; the update is skipped."""
+
+
+def optimizer_problems(train: TrainConfig) -> list[str]:
+    """What is wrong with ``train.optimizer``, worded for the user."""
+    if train.optimizer is Optimizer.adamw:
+        return []
+    return [
+        f"train.optimizer={train.optimizer} is not supported: beside large gradients of its block a small one's mean "
+        f"square rounds to 0 in 8 bits, and its weight leaps; use train.optimizer=adamw, and for its memory "
+        f"engine=deepspeed with engine.zero_stage=1 on several devices, or with engine.offload=optimizer on one"
+    ]
 
 
 class BranchSource(StrEnum):

@@ -58,6 +58,8 @@ CASES = [
     *(case("torch", 2, kind, is_slow=kind != "top_k", **HALVES) for kind in SPARSE),
     *(case("deepspeed", 2, zero_stage=stage, is_slow=stage < 3) for stage in range(4)),
     case("deepspeed", zero_stage=3, dtype="bf16", is_slow=True),
+    *(case("deepspeed", 2, kind, zero_stage=2, is_slow=True) for kind in SPARSE),
+    *(case("deepspeed", 2, kind, zero_stage=2, is_slow=True, **HALVES) for kind in ("top_k", "base", "demix")),
     case("megatron", is_slow=True),
     case("megatron", dtype="bf16", is_slow=True),
     case("megatron", 2, tensor_parallel=2, sequence_parallel=True),
