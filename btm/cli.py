@@ -45,6 +45,8 @@ _CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 _STORED_CONFIG_VERBS = {"add", "remove", "list", "inspect", "merge", "evaluate", "generate", "report", "status", "step"}
 _STORED_CONFIG_VERBS |= {"export-task", "import"}
 """Verbs that work on an existing forest and take its configuration, with overrides on top."""
+_COMMAND_KEYS = ("action", "element", "elm", "output", "steps", "task")
+"""What one command was asked for, never what an earlier one on the same forest was."""
 _MODULES = {"export-task": "export_task", "import": "import_task"}
 """Verb -> module, where the name of the verb cannot be one."""
 _DIRECTORY_VERBS = ("step", "import")
@@ -210,6 +212,7 @@ def _configuration(verb: str, raw: dict[str, Any], overrides: list[str]) -> Any:
     stored_path = Path(str(raw.get("forest"))) / "config.json"
     if verb in _STORED_CONFIG_VERBS and stored_path.is_file():
         stored = _stored_configuration(stored_path)
+        stored |= {key: raw[key] for key in _COMMAND_KEYS}
         for override in overrides:
             _copy_key(raw, stored, override.lstrip("+~").split("=", 1)[0])
         stored["forest"] = raw["forest"]

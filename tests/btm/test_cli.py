@@ -1,5 +1,6 @@
 """The command line: quick answers without heavy imports, mistakes with suggestions and exit code 2."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from btm.cli import VERBS, check_overrides, module_of
+from btm.cli import VERBS, _configuration, check_overrides, module_of
+from btm.config_parse import config_to_dict, parse_config
 from btm.errors import ConfigError
 
 HEAVY = {"torch", "transformers", "ray", "wandb", "datasets", "matplotlib", "deepspeed", "megatron"}
@@ -112,3 +114,11 @@ def test_a_pipe_that_closes_early_is_no_error(tmp_path):
     command = f"{sys.executable} -m btm.cli run data.domains.a=x dry_run=true | head -1"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert "Traceback" not in done.stderr
+
+
+def test_a_command_does_not_repeat_what_an_earlier_one_on_the_forest_was_asked_for(tmp_path):
+    values = {"data": {"domains": {"a": "a.txt"}}, "train": {"lr": 1e-3}, "steps": ["prepare", "seed"]}
+    (tmp_path / "config.json").write_text(json.dumps(config_to_dict(parse_config(values))))
+    typed = config_to_dict(parse_config({"forest": str(tmp_path), "task": "law-task"}))
+    config = _configuration("step", typed, ["++task=law-task", f"++forest={tmp_path}"])
+    assert (config.task, config.steps, config.train.lr) == ("law-task", [], 1e-3)

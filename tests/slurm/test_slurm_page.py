@@ -162,6 +162,7 @@ def test_a_sweep_of_which_one_run_fails(shell):
     before = set(shell.states())
     output = shell.run(failing, exit_code=1)
     assert "exit code 2" in output
+    until(lambda: "RUNNING" not in shell.states().values() and "COMPLETING" not in shell.states().values())
     states = {job: state for job, state in shell.states().items() if job not in before}
     assert sorted(states.values()) == ["COMPLETED", "FAILED"], states
     logs = "".join(path.read_text() for path in shell.directory.glob("multirun/.submitit/*/*_log.err"))
