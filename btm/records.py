@@ -12,6 +12,17 @@ from btm.errors import ForestError
 from btm.files import read_json, sha256_of_json, write_json
 from btm.schema import Model
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""Files that a tokenizer may have."""
 PICTURES_FILE = "pictures.npy"
 """In the directory of a prepared domain with pictures: which document shows which."""
 

@@ -8,22 +8,12 @@ from typing import Any
 
 from btm.errors import MergeError
 from btm.merge.tensor_file import Tensor, read_tensors
+from btm.records import TOKENIZER_FILES
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
-TOKENIZER_NAMES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
-"""Files of a tokenizer; the first that exists identifies its vocabulary."""
 _VOCABULARY_NAMES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_JSON_BYTES = 256 << 20
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -92,7 +82,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def tokenizer_files(directory: Path) -> list[Path]:
     """The tokenizer's files that ``directory`` holds."""
-    return [directory / name for name in TOKENIZER_NAMES if (directory / name).is_file()]
+    return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
 
 
 def vocabulary_file(directory: Path) -> Path | None:

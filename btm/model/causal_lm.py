@@ -20,17 +20,8 @@ from btm.model.architecture import transformers_config
 from btm.model.demix import dense_of_domain
 from btm.model.learning_routers import auxiliary_routers, matmul_weights, trains_auxiliary_only
 from btm.model.sparse_lm import inactive_matmul_weights, is_sparse_directory, read_sparse, sparsity_of, write_sparse
+from btm.records import TOKENIZER_FILES
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _ONE_FILE = "1000TB"
@@ -254,7 +245,7 @@ def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
         raise CheckpointError(f"{folder} has no tokenizer files; give the forest's tokenizer directory")
     return files
