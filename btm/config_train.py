@@ -90,9 +90,9 @@ def optimizer_problems(train: TrainConfig) -> list[str]:
     if train.optimizer is Optimizer.adamw:
         return []
     return [
-        f"train.optimizer={train.optimizer} is not supported: beside large gradients of its block a small one's mean "
-        f"square rounds to 0 in 8 bits, and its weight leaps; use train.optimizer=adamw, and for its memory "
-        f"engine=deepspeed with engine.zero_stage=1 on several devices, or with engine.offload=optimizer on one"
+        f"train.optimizer={train.optimizer} is not supported: in a trial with the kernels of bitsandbytes, weights with "
+        f"small gradients leapt; use train.optimizer=adamw, and for its memory engine=deepspeed with "
+        f"engine.zero_stage=1 on several devices, or with engine.offload=optimizer on one"
     ]
 
 

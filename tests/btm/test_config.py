@@ -52,7 +52,7 @@ def test_all_problems_are_listed_together():
         ({"model": {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 3}}, "multiple of model.num_kv_heads, got 3"),
         ({"model": {"extra": {"api_key": "x"}}}, "secrets come from the environment"),
         ({"branch": {"from": "uniform"}}, "set branch.optimizer=reset"),
-        ({"train": {"optimizer": "adamw_8bit"}}, "is not supported: beside large gradients"),
+        ({"train": {"optimizer": "adamw_8bit"}}, "is not supported: in a trial"),
         ({"train": {"optimizer": "adam_8bit"}}, "train.optimizer must be 'adamw' or 'adamw_8bit', got 'adam_8bit'"),
         ({"merge": {"method": "weighted"}}, "needs merge.weights"),
         ({"merge": {"method": "weighted", "weights": {"a": -1}}}, "at least 0"),
