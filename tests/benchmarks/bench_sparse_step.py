@@ -3,7 +3,7 @@
 ``python tests/benchmarks/bench_sparse_step.py`` starts a worker (``btm.train.worker``) for the dense model and one for
 each kind of expert layer, on the same token shards of several domains, with the defaults of ``ffn=`` but for the
 modalities, for which the vocabulary is cut into halves. All processes live at the same time and take turns of a few
-updates, as in ``bench_trainer.py``. Active FLOPs are what each trainer reports per token; they include the output head.
+updates, see ``training_turns.py``. Active FLOPs are what each trainer reports per token; they include the output head.
 """
 
 import argparse
@@ -14,15 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench_trainer import LENGTH, VOCABULARY, WARM_UP, Contender
-from real_text import write_domains
 from speed_table import Line, close
+from training_turns import LENGTH, VOCABULARY, WARM_UP, Contender, prepare_text, request, turn_parser
 
-from btm.config_data import DataConfig, TokenizerConfig
 from btm.config_ffn import FfnConfig, FfnLayer
-from btm.config_model import EngineConfig, ModelConfig
-from btm.config_train import TrainConfig
-from btm.requests import PrepareSpec, Start, TokenSource, TrainSpec
 
 GOAL = 1.15
 NUM_DOMAINS = 4
@@ -40,12 +35,12 @@ def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-sparse-") as scratch:
         folder = Path(scratch)
-        sources = _prepare(folder, 2_000_000 if options.quick else 12_000_000)
+        sources = prepare_text(folder, NUM_DOMAINS, quick=options.quick)
         load = os.getloadavg()[0]
         contenders: dict[str, Contender] = {}
         try:
             for kind in KINDS:
-                spec = _spec(folder, kind, sources, options)
+                spec = request(folder, kind, sources, options, ffn=KINDS[kind])
                 spec.save(folder / f"{kind}.json")
                 command = [sys.executable, "-m", "btm.train.worker", str(folder / f"{kind}.json")]
                 contenders[kind] = Contender(kind, command, Path(spec.output_dir) / "metrics.jsonl", options)
@@ -57,45 +52,6 @@ def main() -> None:
         finally:
             for contender in contenders.values():
                 contender.close()
-
-
-def _prepare(folder: Path, max_bytes: int) -> list[TokenSource]:
-    from btm.corpus.worker import prepare
-
-    paths = write_domains(folder / "text", NUM_DOMAINS, max_bytes=max_bytes)
-    prepare(
-        PrepareSpec(
-            output_dir=str(folder / "corpus"),
-            tokenizer_dir=str(folder / "tokenizer"),
-            data=DataConfig(domains={name: str(path) for name, path in paths.items()}),
-            tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
-        )
-    )
-    return [TokenSource(domain=name, prefix=str(folder / "corpus" / name / "train")) for name in paths]
-
-
-def _spec(folder: Path, kind: str, sources: list[TokenSource], options: argparse.Namespace) -> TrainSpec:
-    updates = WARM_UP + options.rounds * options.turn + 10  # more than are run, so that nobody ends by itself
-    return TrainSpec(
-        name=kind,
-        output_dir=str(folder / kind),
-        start=Start(kind="scratch"),
-        sources=sources,
-        last_update=updates,
-        total_updates=updates,
-        batch_sequences=options.sequences,
-        tokenizer_dir=str(folder / "tokenizer"),
-        model=ModelConfig(num_layers=6),
-        ffn=KINDS[kind],
-        train=TrainConfig(
-            sequence_length=LENGTH,
-            batch_tokens=options.sequences * LENGTH,
-            log_every=1,
-            checkpoint_every=updates,
-            lr=1e-3,
-        ),
-        engine=EngineConfig(),
-    )
 
 
 def _report(contenders: dict[str, Contender], options: argparse.Namespace, load: float) -> None:
@@ -124,13 +80,7 @@ def _report(contenders: dict[str, Contender], options: argparse.Namespace, load:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--turn", type=int, default=2, help="updates per turn")
-    parser.add_argument("--sequences", type=int, default=8, help="sequences per update")
-    parser.add_argument("--threads", type=int, default=0, help="0 takes all cores")
-    parser.add_argument("--quick", action="store_true", help="two turns of two small updates")
-    options = parser.parse_args()
+    options = turn_parser(__doc__, rounds=5, turn=2).parse_args()
     if options.quick:
         options.rounds, options.turn, options.sequences = 2, 2, 4
     return options

@@ -13,65 +13,17 @@ highest counts.
 import argparse
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from real_text import write_domains
 from speed_table import Line, close
+from training_turns import LENGTH, VOCABULARY, WARM_UP, Contender, prepare_text, request, turn_parser
 
-from btm.config_data import DataConfig, TokenizerConfig
-from btm.config_model import EngineConfig, ModelConfig
-from btm.config_train import TrainConfig
-from btm.requests import PrepareSpec, Start, TokenSource, TrainSpec
-
-VOCABULARY = 32_000
-LENGTH = 512
-WARM_UP = 3
-POLL_S = 0.002
 FLOOR, GOAL, PEAK_GOAL = 0.97, 1.9, 50.0
 HAND_WRITTEN = ("autocast", "bf16 weights")
 """Kinds of ``hand_written_loops.py``."""
-
-
-class Contender:
-    """A training process that runs only in its turns."""
-
-    def __init__(self, name: str, command: list[str], rows: Path, options: argparse.Namespace) -> None:
-        """Start it; ``rows`` gets a line per update."""
-        environment = dict(os.environ)
-        if options.threads:
-            environment["OMP_NUM_THREADS"] = str(options.threads)
-        self.name, self.seconds = name, list[float]()
-        self._rows, self._log, self._target = rows, rows.with_suffix(".log"), 0
-        rows.parent.mkdir(exist_ok=True)
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-
-    def turn(self, updates: int) -> None:
-        """Let it run until ``updates`` more are done, then stop it."""
-        self._target += updates
-        began = time.perf_counter()
-        self._process.send_signal(signal.SIGCONT)
-        while len(self.rows()) < self._target:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"{self.name} ended: {self._log.read_text()[-2000:]}")
-            time.sleep(POLL_S)
-        self._process.send_signal(signal.SIGSTOP)
-        self.seconds.append(time.perf_counter() - began)
-
-    def rows(self) -> list[str]:
-        """Complete lines so far."""
-        return self._rows.read_text(encoding="utf-8").splitlines() if self._rows.exists() else []
-
-    def close(self) -> None:
-        """End the process, stopped or not."""
-        self._process.kill()
-        self._process.wait()
 
 
 def main() -> None:
@@ -79,7 +31,9 @@ def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-trainer-", dir=options.directory) as scratch:
         folder = Path(scratch)
-        write_spec(folder, prepare_text(folder, 2_000_000 if options.quick else 12_000_000), options)
+        sources = prepare_text(folder, 1, quick=options.quick)
+        spec = request(folder, "run", sources, options, checkpoint_every=options.checkpoint_every)
+        spec.save(folder / "spec.json")
         load = os.getloadavg()[0]
         contenders: list[Contender] = []
         try:
@@ -98,27 +52,6 @@ def main() -> None:
                 contender.close()
 
 
-def total_updates(options: argparse.Namespace) -> int:
-    """More than are run, so that nobody ends by itself."""
-    return WARM_UP + options.rounds * options.turn + 10
-
-
-def prepare_text(folder: Path, max_bytes: int) -> Path:
-    """Token shards of the standard library's sources; returns the prefix of the training split."""
-    from btm.corpus.worker import prepare
-
-    paths = write_domains(folder / "text", 1, max_bytes=max_bytes)
-    prepare(
-        PrepareSpec(
-            output_dir=str(folder / "corpus"),
-            tokenizer_dir=str(folder / "tokenizer"),
-            data=DataConfig(domains={name: str(path) for name, path in paths.items()}),
-            tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
-        )
-    )
-    return folder / "corpus" / "part0" / "train"
-
-
 def _peak(options: argparse.Namespace) -> float:
     import torch
 
@@ -127,31 +60,6 @@ def _peak(options: argparse.Namespace) -> float:
     if options.threads:
         torch.set_num_threads(options.threads)
     return matmul_peak(torch.bfloat16, torch.device("cpu"))
-
-
-def write_spec(folder: Path, prefix: Path, options: argparse.Namespace) -> None:
-    """Write the one request that all contenders read."""
-    train = TrainConfig(
-        sequence_length=LENGTH,
-        batch_tokens=options.sequences * LENGTH,
-        log_every=1,
-        checkpoint_every=options.checkpoint_every,
-        lr=1e-3,
-    )
-    spec = TrainSpec(
-        name="bench",
-        output_dir=str(folder / "run"),
-        start=Start(kind="scratch"),
-        sources=[TokenSource(domain="part0", prefix=str(prefix))],
-        last_update=total_updates(options),
-        total_updates=total_updates(options),
-        batch_sequences=options.sequences,
-        tokenizer_dir=str(folder / "tokenizer"),
-        model=ModelConfig(num_layers=6),
-        train=train,
-        engine=EngineConfig(),
-    )
-    spec.save(folder / "spec.json")
 
 
 def _command(name: str, folder: Path, rows: Path) -> list[str]:
@@ -200,14 +108,9 @@ def report(contenders: list[Contender], options: argparse.Namespace, load: float
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--turn", type=int, default=5, help="updates per turn")
-    parser.add_argument("--sequences", type=int, default=8, help="sequences per update")
+    parser = turn_parser(__doc__, rounds=8, turn=5)
     parser.add_argument("--checkpoint-every", type=int, default=20, help="five times as often as the default of btm")
-    parser.add_argument("--threads", type=int, default=0, help="0 takes all cores")
     parser.add_argument("--directory", default=None, help="where runs are written")
-    parser.add_argument("--quick", action="store_true", help="two turns of two small updates")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.turn, options.sequences = 2, 2, 2
