@@ -17,6 +17,8 @@ from moe_kernels.triton_kernels.runtime import BACKENDS, use_triton
 from moe_kernels.types import Routing, TokenInfo
 
 SCORES = ("softmax", "sigmoid")
+_CENTROID_SCALE = 0.1
+"""Centroids of BASE are this times their parameter, so that they start small and Adam turns them slowly."""
 
 
 def _normalised(scores_TE: torch.Tensor) -> torch.Tensor:
@@ -242,14 +244,20 @@ class BalancedRouter(nn.Module):
         check_choice("method of BalancedRouter", method, METHODS)
         self.method = method
         self.prices = RunningPrices(num_experts) if is_priced and method == "exact" else None
-        self.centroid_ED = nn.Parameter(torch.empty(num_experts, width))
-        nn.init.orthogonal_(self.centroid_ED, gain=0.1)
+        # Adam moves every number by about the learning rate. Centroids of length 0.1 would turn around within a few
+        # updates at the rates of small models, and tokens would change experts all the time.
+        self.large_centroid_ED = nn.Parameter(torch.empty(num_experts, width))
+        nn.init.orthogonal_(self.large_centroid_ED)
+
+    def centroids(self) -> torch.Tensor:
+        """Centroids ``(E, D)``; they start orthogonal, of length 0.1, as in the paper."""
+        return self.large_centroid_ED * _CENTROID_SCALE
 
     def forward(self, x_TD: torch.Tensor, info: TokenInfo) -> Routing:
         """Route: the whole batch in training mode, each token by itself at inference."""
-        num_tokens, num_experts = x_TD.shape[0], self.centroid_ED.shape[0]
+        num_tokens, num_experts = x_TD.shape[0], self.large_centroid_ED.shape[0]
         is_real_T = info.real(num_tokens, x_TD.device)
-        logits_TE = logits_of(x_TD, self.centroid_ED)
+        logits_TE = logits_of(x_TD, self.large_centroid_ED) * _CENTROID_SCALE
         token_N = is_real_T.nonzero().squeeze(1)
         choosing_NE = logits_TE.detach()[token_N]
         expert_N = self._balanced(choosing_NE) if self.training else self._best(choosing_NE)

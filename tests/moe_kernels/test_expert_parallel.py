@@ -192,7 +192,7 @@ def test_base_shuffle_brings_every_token_back(tmp_path):
         assert torch.isfinite(gradient).all()
         candidates = torch.stack(
             [
-                x + torch.sigmoid(x @ layer.router.centroid_ED[e])[:, None] * expert(x)
+                x + torch.sigmoid(x @ layer.router.centroids()[e])[:, None] * expert(x)
                 for e, expert in enumerate(layer.experts.experts)
             ]
         )

@@ -44,20 +44,20 @@ def test_expert_choice_fills_each_expert_with_its_best_tokens(factor, capacity):
 
 def test_balanced_router_is_balanced_in_training_and_greedy_at_inference():
     router = BalancedRouter(8, 4)
-    skewed = X + 20 * router.centroid_ED.detach()[1]
+    skewed = X + 20 * router.centroids().detach()[1]
     routing = router(skewed, TokenInfo())
     assert sorted(routing.expert_counts().tolist()) == [7, 7, 8, 8]
     frozen = router.requires_grad_(False)(skewed, TokenInfo())
     assert torch.equal(frozen.expert_N, routing.expert_N), "the mode is the flag, not requires_grad"
     greedy = router.eval()(skewed, TokenInfo())
-    assert torch.equal(greedy.expert_N, (skewed @ router.centroid_ED.t()).argmax(1))
+    assert torch.equal(greedy.expert_N, (skewed @ router.centroids().t()).argmax(1))
     assert greedy.expert_counts().max() > 8
 
 
 def popular_tokens(num_tokens: int, router: BalancedRouter, seed: int) -> torch.Tensor:
     """States that all like expert 1 best, and differ in how much they like the others."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_tokens, 8, generator=generator) + 20 * router.centroid_ED.detach()[1]
+    return torch.randn(num_tokens, 8, generator=generator) + 20 * router.centroids().detach()[1]
 
 
 def learn_prices(router: BalancedRouter, updates: int = 60) -> None:
@@ -78,7 +78,7 @@ def test_running_prices_keep_the_experts_balanced_at_inference_one_token_at_a_ti
     alone = torch.cat([router(token, TokenInfo()).expert_N for token in unseen[:50].split(1)])
     assert torch.equal(alone, together.expert_N[:50])
     plain = BalancedRouter(8, 4, is_priced=False)
-    plain.load_state_dict({"centroid_ED": router.centroid_ED})
+    plain.load_state_dict({"large_centroid_ED": router.large_centroid_ED})
     assert statistics_of(plain.eval()(unseen, TokenInfo())).max_over_mean_load > 2.5
 
 
@@ -90,6 +90,18 @@ def test_running_prices_choose_as_the_assignment_of_many_tokens_does():
     assert (router.eval()(many, TokenInfo()).expert_N == balanced).float().mean() > 0.95
 
 
+def test_centroids_start_small_and_adam_turns_them_slowly():
+    router = BalancedRouter(64, 4)
+    start = router.centroids().detach().clone()
+    torch.testing.assert_close(start @ start.t(), 0.01 * torch.eye(4))
+    adam = torch.optim.Adam(router.parameters(), lr=1e-3)
+    for _ in range(10):
+        router(torch.randn(40, 64), TokenInfo()).weight_N.sum().backward()
+        adam.step()
+        adam.zero_grad()
+    assert torch.cosine_similarity(start, router.centroids(), dim=1).min() > 0.9
+
+
 def test_prices_follow_their_definition():
     router = BalancedRouter(8, 4).double()
     parts, expected = [popular_tokens(count, router, count).double() for count in (64, 128)], torch.zeros(4)
@@ -99,7 +111,7 @@ def test_prices_follow_their_definition():
             for _again in range(2):  # activation checkpointing runs the forward again
                 router(part, TokenInfo())
             router.prices.next_micro_batch()
-            price = solve_assignment((part @ router.centroid_ED.t()).detach()).prices_E
+            price = solve_assignment((part @ router.centroids().t()).detach()).prices_E
             total += (price - price.mean()) * len(part)
         router.prices.end_update()
         expected = 0.9 * expected + 0.1 * (total / 192)
