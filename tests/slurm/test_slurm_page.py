@@ -140,7 +140,6 @@ def test_an_elm_on_another_cluster(shell):
 
 
 def test_a_sweep_of_which_one_run_fails(shell):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="make test-slurm installs the extra sweep")
     (block,) = blocks("Sweeps")
     install, command = block.split("\n", 1)
     assert install.startswith("pip install -e '.[sweep]'")
