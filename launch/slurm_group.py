@@ -10,7 +10,7 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -112,9 +112,8 @@ def _start(task: Task, allocation: Allocation, rendezvous: Path, node: Node) -> 
         node=node,
     )
     Path(task.log_path).parent.mkdir(parents=True, exist_ok=True)
-    os.sched_setaffinity(0, allocation.cores)
     dies_with = DiesWithParent()
-    with open(task.log_path, "ab") as log:
+    with open(task.log_path, "ab") as log, _on_cores(allocation.cores):
         return [
             _Child(
                 rank,
@@ -130,6 +129,17 @@ def _start(task: Task, allocation: Allocation, rendezvous: Path, node: Node) -> 
             )
             for rank, spec in enumerate(specs)
         ]
+
+
+@contextlib.contextmanager
+def _on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """Processes started inside the block run on ``cores``; this one may use all of its own again after it."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _own_environment(env: Mapping[str, str]) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,30 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: transformers does
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+
 SMOKE = ("experiment=smoke", "data.min_train_tokens=1000", "launch.poll_interval_s=0.05")
+
+
+@pytest.fixture(autouse=True)
+def _process_left_as_found() -> Iterator[None]:
+    """A test that leaves another process behind decides how a later one ends, in some orders of the files only."""
+    before = _process_state()
+    yield
+    assert _process_state() == before
+
+
+def _process_state() -> dict[str, object]:
+    torch = sys.modules.get("torch")
+    own = ("PYTEST_CURRENT_TEST", "WANDB_SERVICE")  # set by the libraries that read them
+    return {
+        "cores": os.sched_getaffinity(0),
+        "working directory": os.getcwd(),
+        "environment": {name: value for name, value in os.environ.items() if name not in own},
+        "signal handlers": {number.name: signal.getsignal(number) for number in _SIGNALS},
+        "threads": torch and torch.get_num_threads(),
+        "dtype": torch and torch.get_default_dtype(),
+    }
 
 
 def run_btm(*arguments: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from task_waiting import facts, program
 from launch.nodes import Node, combined, ended_with_others, node_share
 from launch.process import added_import_path, check_task, process_specs
 from launch.resources import Allocation, nodes_problem
-from launch.slurm_group import StopRequest
+from launch.slurm_group import StopRequest, run_group
 from launch.slurm_nodes import StepNode, follow, leading, own_node
 from launch.slurm_options import SlurmOptions, job_request, size_options, task_of
 from launch.task import State, Status, Task
@@ -127,6 +127,13 @@ def test_agents_meet_by_files_attempt_by_attempt_and_leave_in_order(tmp_path, im
     assert (well.state, alone.state) == (State.succeeded, State.succeeded)
     seen = [facts(tmp_path / f"rank{rank}") for rank in range(2)]
     assert [(one["rank"], one["local_rank"], one["world_size"]) for one in seen] == [("0", "0", "2"), ("1", "0", "2")]
+
+
+def test_a_task_of_one_core_leaves_the_next_one_all_the_cores(tmp_path, import_path):
+    before = os.sched_getaffinity(0)
+    run_group(program(tmp_path, "one", "note", str(tmp_path / "one"), num_cpus=1), StopRequest(), stop_s=5.0)
+    assert len(facts(tmp_path / "one")["cores"]) == 1
+    assert os.sched_getaffinity(0) == before
 
 
 def test_a_stop_that_only_one_node_hears_of_stops_the_task(tmp_path, import_path):
