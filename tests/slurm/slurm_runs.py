@@ -1,7 +1,11 @@
 """What the tests on a real Slurm run, and what they read of it."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from slurm_cluster import until
@@ -64,6 +68,23 @@ def checkpoints(forest: Path, step: str = ELM) -> list[int]:
     return sorted(int(path.name[5:]) for path in (forest / "runs" / step / "checkpoints").glob("step-*"))
 
 
+def hold_until_told(forest: Path, steps: Sequence[str] = (ELM,)) -> None:
+    """Freeze trainings from their first checkpoint until TERM has reached them: a fast machine ends none before."""
+    until(lambda: all(checkpoints(forest, step) for step in steps), timeout_s=240)
+    pids = [pid for step in steps for pid in _writers(forest / "runs" / step / "log.txt")]
+    assert len(pids) >= len(steps), "a training ended before it was held; make it longer"
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        until(lambda: all(map(_is_frozen, pids)))
+        # Slurm wakes those whom it signals itself; for the others TERM waits until they are let go.
+        until(lambda: all(_has_term(pid) or not _is_frozen(pid) for pid in pids), timeout_s=240)
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 def stopped_updates(forest: Path, step: str = ELM) -> list[int]:
     """Updates after which a training stopped because it was asked to."""
     words = "stopped on request after update "
@@ -75,6 +96,35 @@ def first_updates(forest: Path, step: str = ELM) -> list[int]:
     """First update of each start of a training."""
     lines = [line for line in _log(forest, step) if "training " in line and "updates " in line]
     return [int(line.partition("updates ")[2].split()[0]) for line in lines]
+
+
+def _writers(log: Path) -> list[int]:
+    """Processes whose output is ``log``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and os.readlink(entry / "fd/1") == str(log):
+                found.append(int(entry.name))
+    return found
+
+
+def _is_frozen(pid: int) -> bool:
+    return _status(pid).get("State", "").startswith("T")
+
+
+def _has_term(pid: int) -> bool:
+    """Whether TERM waits for a process."""
+    masks = [int(_status(pid).get(name, "0"), 16) for name in ("SigPnd", "ShdPnd")]
+    return any(mask >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
+def _status(pid: int) -> dict[str, str]:
+    """What the system says of a process; nothing when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _log(forest: Path, step: str) -> list[str]:

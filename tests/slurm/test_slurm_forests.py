@@ -1,14 +1,22 @@
 """Forests on a real Slurm: whatever happens to jobs and nodes, the forest ends complete, with the same bits."""
 
 import json
-import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 from slurm_cluster import until
-from slurm_runs import ELM, checkpoints, elm_hashes, first_updates, start_btm, stopped_updates, wait_for_checkpoint
+from slurm_runs import (
+    ELM,
+    checkpoints,
+    elm_hashes,
+    first_updates,
+    hold_until_told,
+    start_btm,
+    stopped_updates,
+    wait_for_checkpoint,
+)
 
 from tests.conftest import run_btm
 
@@ -72,15 +80,13 @@ def test_preempted_elements_write_a_checkpoint_and_continue(cluster, forest, arg
     assert finish(forest, arguments) == reference
 
 
-def test_the_last_checkpoint_is_written_before_the_limit(cluster, forest, arguments):
-    longer = [item if "train.tokens" not in item else "train.tokens=2048000" for item in arguments]
-    shutil.rmtree(forest)
-    run_btm("step", *longer, "steps=[prepare,seed]", f"forest={forest}", cwd=forest.parent)
+def test_the_last_checkpoint_is_written_before_the_limit(cluster, forest, arguments, reference):
     job = begin_array(cluster, forest, "--time=2", "--signal=TERM@60")
+    hold_until_told(forest)
     wait_for_array(cluster, job, timeout_s=500)
     assert len(stopped_updates(forest)) >= 1
     assert first_updates(forest)[1:] == [update + 1 for update in stopped_updates(forest)]
-    assert set(finish(forest, tuple(longer))) == {"code", "docs"}
+    assert finish(forest, arguments) == reference
 
 
 def test_elements_on_a_dead_node_run_again(cluster, forest, arguments, reference):
@@ -127,22 +133,3 @@ def test_a_driver_that_is_asked_to_stop_ends_its_jobs(cluster, forest, arguments
     assert driver.returncode == 130, output
     assert not cluster.jobs()
     assert len(stopped_updates(forest)) == 1
-
-
-def test_ray_in_an_allocation_of_two_nodes(cluster, tmp_path, corpora, arguments):
-    forest = tmp_path / "forest"
-    short = [item if "train.tokens" not in item else "train.tokens=51200" for item in arguments]
-    script = str(ROOT / "slurm" / "ray.sbatch")
-    options = ("--nodes=2", "--exclusive", "--cpus-per-task=2", f"--output={tmp_path}/ray.log")
-    env = {"BTM_PYTHON": sys.executable}
-    job = cluster.sbatch(*options, script, *short, f"forest={forest}", env=env)
-    try:
-        cluster.wait_for(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=400)
-    finally:
-        log = (tmp_path / "ray.log").read_text()
-    assert cluster.state(job) == "COMPLETED", log
-    assert set(elm_hashes(forest)) == {"code", "docs"}
-    nodes = cluster.command("squeue", "--noheader", check=False)
-    assert not nodes
-    for node in cluster.nodes:
-        until(lambda node=node: len(cluster.pids(node)) <= 1, timeout_s=30, what=lambda: "Ray is left")
