@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from slurm_cluster import until
@@ -68,8 +68,9 @@ def checkpoints(forest: Path, step: str = ELM) -> list[int]:
     return sorted(int(path.name[5:]) for path in (forest / "runs" / step / "checkpoints").glob("step-*"))
 
 
-def hold_until_told(forest: Path, steps: Sequence[str] = (ELM,)) -> None:
-    """Freeze trainings from their first checkpoint until TERM has reached them: a fast machine ends none before."""
+@contextlib.contextmanager
+def held(forest: Path, steps: Sequence[str] = (ELM,)) -> Iterator[list[int]]:
+    """Freeze trainings at their first checkpoint for the time of the block: a fast machine ends none before it."""
     until(lambda: all(checkpoints(forest, step) for step in steps), timeout_s=240)
     pids = [pid for step in steps for pid in _writers(forest / "runs" / step / "log.txt")]
     assert len(pids) >= len(steps), "a training ended before it was held; make it longer"
@@ -77,12 +78,16 @@ def hold_until_told(forest: Path, steps: Sequence[str] = (ELM,)) -> None:
         os.kill(pid, signal.SIGSTOP)
     try:
         until(lambda: all(map(_is_frozen, pids)))
-        # Slurm wakes those whom it signals itself; for the others TERM waits until they are let go.
-        until(lambda: all(_has_term(pid) or not _is_frozen(pid) for pid in pids), timeout_s=240)
+        yield pids
     finally:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def wait_until_told(pids: Sequence[int]) -> None:
+    """Wait until TERM has reached frozen processes: it waits for them, or Slurm woke those that it signals itself."""
+    until(lambda: all(_has_term(pid) or not _is_frozen(pid) for pid in pids), timeout_s=240)
 
 
 def stopped_updates(forest: Path, step: str = ELM) -> list[int]:

@@ -12,10 +12,11 @@ from slurm_runs import (
     checkpoints,
     elm_hashes,
     first_updates,
-    hold_until_told,
+    held,
     start_btm,
     stopped_updates,
     wait_for_checkpoint,
+    wait_until_told,
 )
 
 from tests.conftest import run_btm
@@ -82,7 +83,8 @@ def test_preempted_elements_write_a_checkpoint_and_continue(cluster, forest, arg
 
 def test_the_last_checkpoint_is_written_before_the_limit(cluster, forest, arguments, reference):
     job = begin_array(cluster, forest, "--time=2", "--signal=TERM@60")
-    hold_until_told(forest)
+    with held(forest) as pids:
+        wait_until_told(pids)
     wait_for_array(cluster, job, timeout_s=500)
     assert len(stopped_updates(forest)) >= 1
     assert first_updates(forest)[1:] == [update + 1 for update in stopped_updates(forest)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, until
-from slurm_runs import checkpoints, elm_hashes, first_updates, hold_until_told, stopped_updates
+from slurm_runs import elm_hashes, first_updates, held, stopped_updates, wait_until_told
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "ray.sbatch"
@@ -23,10 +23,6 @@ class Job:
         size = ("--nodes=2", "--exclusive", "--cpus-per-task=2", f"--output={self._log}")
         arguments = (*size, *options, str(SCRIPT), *overrides, f"forest={forest}")
         self.number = cluster.sbatch(*arguments, env={"BTM_PYTHON": sys.executable})
-
-    def wait_for_checkpoints(self) -> None:
-        """Both ELMs have one."""
-        until(lambda: all(checkpoints(self.forest, elm) for elm in ELMS), timeout_s=240, what=self.log)
 
     def finish(self) -> None:
         """Wait for its good end, which leaves nothing behind on the nodes."""
@@ -53,10 +49,10 @@ def test_a_forest_from_nothing(cluster, tmp_path, arguments, no_process_left):
 
 def test_a_lost_node_takes_only_its_own_elm_with_it(cluster, forest, arguments, reference, no_process_left):
     job = Job(cluster, forest, (*arguments, WHOLE_NODES))
-    job.wait_for_checkpoints()
-    first = cluster.field(job.number, "BatchHost")
-    lost = next(node for node in cluster.nodes if node != first)
-    cluster.kill_node(lost)
+    with held(forest, ELMS):
+        first = cluster.field(job.number, "BatchHost")
+        lost = next(node for node in cluster.nodes if node != first)
+        cluster.kill_node(lost)
     try:
         job.finish()
     finally:
@@ -71,7 +67,8 @@ def test_a_lost_node_takes_only_its_own_elm_with_it(cluster, forest, arguments, 
 
 def test_before_the_limit_every_elm_writes_a_checkpoint_and_the_job_goes_on(cluster, forest, arguments, reference):
     job = Job(cluster, forest, arguments, "--time=2", "--signal=B:USR2@60")
-    hold_until_told(forest, ELMS)
+    with held(forest, ELMS) as pids:
+        wait_until_told(pids)
     job.finish()
     assert int(cluster.field(job.number, "Restarts")) >= 1
     for elm in ELMS:
@@ -83,9 +80,9 @@ def test_before_the_limit_every_elm_writes_a_checkpoint_and_the_job_goes_on(clus
 
 def test_after_a_preemption_the_elms_go_on_from_their_last_checkpoints(cluster, forest, arguments, reference):
     job = Job(cluster, forest, arguments, "--partition=low")
-    job.wait_for_checkpoints()
-    urgent = cluster.sbatch("-phigh", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "true")
-    cluster.wait_for(urgent, "COMPLETED")
+    with held(forest, ELMS):
+        urgent = cluster.sbatch("-phigh", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "true")
+        cluster.wait_for(urgent, "COMPLETED")
     job.finish()
     assert cluster.field(job.number, "Restarts") == "1"
     assert all(first_updates(forest, elm)[1] > 50 for elm in ELMS)
