@@ -76,7 +76,7 @@ class EngineConfig(Model):
     deepspeed: dict[str, Any] = {}
     """Further keys of DeepSpeed's own configuration, such as ``zero_optimization.reduce_bucket_size``."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """With megatron, processes that share out each layer; divides ``num_processes``, heads and feed-forward width."""
+    """With megatron, processes that share out each layer; divides ``num_processes``, heads and feed-forward widths, also of experts."""
     sequence_parallel: bool = False
     """With megatron and tensor_parallel above 1, share out norms and residuals along the sequence, too (https://arxiv.org/abs/2205.05198)."""
 
@@ -127,8 +127,6 @@ def engine_problems(
         model: Sizes of a model trained from scratch; None looks at the engine alone.
     """
     problems = _foreign_keys(engine)
-    if is_sparse and engine.name is EngineName.megatron:
-        problems.append(f"engine={engine.name} trains dense models only, got expert layers (ffn); use engine=torch")
     if engine.name in (EngineName.torch, EngineName.deepspeed):
         problems += _expert_problems(engine, num_processes or engine.num_processes, is_sparse=is_sparse)
     if engine.name is EngineName.deepspeed:
@@ -183,8 +181,9 @@ def _foreign_keys(engine: EngineConfig) -> list[str]:
             "sequence_parallel": engine.sequence_parallel,
         },
     }
+    instead = {"expert_parallel": "; engine.tensor_parallel shares out the width of each expert"}
     return [
-        f"engine.{key} needs engine={' or engine='.join(owners)}, got engine={engine.name}"
+        f"engine.{key} needs engine={' or engine='.join(owners)}, got engine={engine.name}{instead.get(key, '')}"
         for owners, keys in asked.items()
         for key, is_asked in keys.items()
         if is_asked and engine.name not in owners

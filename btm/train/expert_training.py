@@ -74,7 +74,7 @@ class ExpertTraining:
             training.token_classes = token_classes.to(ranks.device)
         if ranks.size > 1:
             for buffer in training._prices() + (training._buffers() if shared else []):
-                buffer.group = dist.group.WORLD
+                buffer.group = ranks.group or dist.group.WORLD
         return training
 
     def pass_of(self, part: Batch) -> ExpertPass:

@@ -14,7 +14,8 @@ SHARED = -1
 """Owner of weights that every token uses."""
 Owners = Mapping[str, tuple[int, ...]]
 """Parameter name -> number of the expert that alone uses it, or one number for each row of a stack of experts."""
-_NONE: Owners = MappingProxyType({})
+NOBODY: Owners = MappingProxyType({})
+"""Owners of a model without experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class FlatParameters:
         device: torch.device,
         dtype: torch.dtype,
         *,
-        owners: Owners = _NONE,
+        owners: Owners = NOBODY,
         local: Collection[str] = (),
         num_extra: int = _NUM_EXTRA,
     ) -> None:

@@ -1,11 +1,33 @@
 """AdamW over flat buffers, which leaves out the experts that no token of an update reached."""
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 import torch
 
 from btm.config_train import TrainConfig
 from btm.train.expert_steps import StepCounts, Stretches, adamw_step
-from btm.train.flat import FlatParameters
+from btm.train.flat import Span
+
+
+class FlatWeights(Protocol):
+    """What can be stepped on: :class:`btm.train.flat.FlatParameters`, or a stretch of such buffers."""
+
+    @property
+    def masters(self) -> torch.Tensor:
+        """fp32 ``(size,)``."""
+        ...
+
+    @property
+    def gradients(self) -> torch.Tensor:
+        """Like ``masters``."""
+        ...
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """Division of both by weight decay and owner."""
+        ...
 
 
 class FlatAdamW:
@@ -16,7 +38,7 @@ class FlatAdamW:
         steps: Steps of the shared weights and of each expert.
     """
 
-    def __init__(self, flat: FlatParameters, train: TrainConfig, num_owners: int) -> None:
+    def __init__(self, flat: FlatWeights, train: TrainConfig, num_owners: int) -> None:
         """Begin with moments of zero.
 
         Args:

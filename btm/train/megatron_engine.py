@@ -1,4 +1,4 @@
-"""The engine for models whose layers outgrow one device: Megatron-Core's tensor parallelism for dense models.
+"""The engine for models whose layers outgrow one device: Megatron-Core's tensor parallelism.
 
 ``engine.tensor_parallel`` processes share out every layer of Megatron-Core's ``GPTModel``; the others run further
 sequences, with fp32 masters and moments shared out among them (ZeRO 1). Loss convention, clipping, AdamW and
@@ -8,40 +8,53 @@ safetensors, so that a run can go on under another engine, another number of pro
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from btm.config_model import Dtype, EngineConfig
+from btm.config_model import EngineConfig
 from btm.config_train import TrainConfig
-from btm.corpus.sampler import Batch, BatchSampler
+from btm.corpus.sampler import Batch
 from btm.corpus.windows import Windows
-from btm.errors import ConfigError
 from btm.model.causal_lm import flops_per_token, num_parameters, save_model
+from btm.model.expert_block import supply_pass
+from btm.model.expert_pass import EXPERTS, ExpertPass
 from btm.train.engine import DevLoss, Gradients, TensorFiles
-from btm.train.gathered_tensors import FILES, Files, taken_from_main, tensor_name
-from btm.train.megatron_flat import FlatSlice
+from btm.train.expert_owners import num_experts, step_names
+from btm.train.expert_training import ExpertTraining
+from btm.train.gathered_tensors import FILES, Files, copy_from_main, taken_from_main, tensor_name
+from btm.train.megatron_build import DTYPES, build, checked_shape
+from btm.train.megatron_expert_width import bring_together
 from btm.train.megatron_gpt import GptLosses
-from btm.train.megatron_mapping import Entry, entries_of, join, missing_names, split
-from btm.train.megatron_shape import check_division, frequencies_of, shape_of
 from btm.train.megatron_start import answering_for_cuda, join_mesh
+from btm.train.passes import Passes
 from btm.train.peak import matmul_peak_of
 from btm.train.ranks import Ranks, naming_lost_exchanges
 
-_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
+_NUM_VALUES = 3
 
 
 class MegatronEngine:
     """fp32 master weights and AdamW around Megatron-Core's ``GPTModel`` in bf16 or fp32.
 
-    All tensor-parallel processes of a group see the same sequences; groups share out the rows of a batch.
+    All tensor-parallel processes of a group see the same sequences; groups share out the passes of a batch. The model
+    may have expert layers: tensor-parallel processes share out the width of each expert, and experts that no token of
+    an update reached stay as they are, moments and step counts included.
     """
 
-    def __init__(self, model: PreTrainedModel, *, train: TrainConfig, config: EngineConfig, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        train: TrainConfig,
+        config: EngineConfig,
+        ranks: Ranks,
+        passes: Sequence[int] | None = None,
+        token_classes: torch.Tensor | None = None,
+    ) -> None:
         """Take over ``model`` (fp32, on the CPU).
 
         Args:
@@ -49,50 +62,44 @@ class MegatronEngine:
             train: Recipe.
             config: Arithmetic, and how many processes share out a layer.
             ranks: The processes that run this model.
+            passes: Sequences of each pass of an update, in the order of the batch; None divides what each group has by
+                ``train.micro_batch_sequences``.
+            token_classes: Class of each token id, int64 [vocabulary], by which the tokens of experts are counted.
 
         Raises:
             ConfigError: If Megatron cannot compute this model, or its sizes do not divide.
             TrainingError: If Megatron-Core is not installed.
         """
-        self._shape = shape_of(model, sequence_length=train.sequence_length)
-        self._entries = entries_of(self._shape)
-        _check_processes(ranks.size, config.tensor_parallel)
-        check_division(
-            self._shape,
-            config.tensor_parallel,
-            is_sequence_parallel=config.sequence_parallel,
-            sequence_length=train.sequence_length,
-        )
+        shape = checked_shape(model, train, config, ranks.size)
         self._hf_parameters = dict(model.named_parameters())
-        unknown = missing_names(self._entries, self._hf_parameters)
-        if unknown:
-            raise ConfigError(
-                [f"engine=megatron does not know what {unknown[0]} of this {model.config.model_type} model is; "
-                 f"use engine=torch"]
-            )  # fmt: skip
+        self._sizes = {name: parameter.shape for name, parameter in self._hf_parameters.items()}
         self.ranks = ranks
         self.model = model
         self.num_parameters = num_parameters(model)
         self.flops_per_token = flops_per_token(model, train.sequence_length)
-        self.num_optimizer_steps = 0
         self._train = train
-        self._dtype = _DTYPES[config.dtype]
+        self._dtype = DTYPES[config.dtype]
         self._is_sequence_parallel = config.sequence_parallel
+        self._step_names = step_names(model)
+        self._is_busy = np.zeros(num_experts(model), dtype=bool)
         self._num_targets = 1
         self._norm = 0.0
         self._to_fill: Files = {}
         with self._guarded():
             self._mesh = join_mesh(ranks, config.tensor_parallel)
-            self._losses = GptLosses(
-                self._shape,
-                self._mesh,
-                frequencies=frequencies_of(model),
-                dtype=self._dtype,
-                device=ranks.device,
-                is_sequence_parallel=config.sequence_parallel,
-                is_checkpointed=train.activation_checkpointing,
-            )
-            self._flat = self._make_flat()
+            self._losses, self._whole = build(model, shape, self._mesh, train=train, config=config, device=ranks.device)
+        mesh, self._flat = self._mesh, self._whole.flat
+        data_ranks = Ranks(mesh.data_rank, mesh.data_size, ranks.device, mesh.data_group)
+        self._experts = ExpertTraining.of(model, data_ranks, token_classes=token_classes)
+        self._passes = Passes.of(
+            model,
+            train,
+            data_ranks,
+            sizes=passes,
+            num_shares=1,
+            are_equal=self._experts is not None and self._experts.needs_equal_passes,
+            dev_are_equal=False,
+        )
         self._losses.train()
 
     @property
@@ -100,57 +107,71 @@ class MegatronEngine:
         """Megatron's model with its loss."""
         return self._losses
 
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._flat.steps.shared
+
     def gradients(self, batch: Batch, *, random_seed: int, stop_requested: bool) -> Gradients:
         """See :meth:`btm.train.engine.Engine.gradients`."""
-        del random_seed  # there is no dropout
         self._to_fill = {}  # as large as a checkpoint
         self._num_targets = max(1, sum(batch.domain_tokens.values()))
         self._flat.start_gradients()
         with self._guarded():
-            loss = self._backward(batch)
+            loss = self._backward(batch, random_seed)
             squares = self._flat.reduce_gradients()
-        values = torch.stack([self._counted_once(loss), torch.full_like(loss, float(stop_requested)), squares])
-        total, stops, squares = self.ranks.sum_(values).tolist()
+        values = torch.zeros(_NUM_VALUES + len(self._is_busy), dtype=torch.float64, device=self.ranks.device)
+        values[0], values[1], values[2] = self._counted_once(loss), float(stop_requested), squares
+        if self._experts is not None:
+            values[_NUM_VALUES:] = self._experts.busy()
+        total, stops, squares, *busy = self.ranks.sum_(values).tolist()
+        self._is_busy = np.array(busy) > 0
         self._norm = squares**0.5 / self._num_targets
         return Gradients(total / self._num_targets, self._norm, stops > 0)
 
     def step(self, learning_rate: float) -> None:
         """See :meth:`btm.train.engine.Engine.step`."""
+        divisor = self._num_targets * max(1.0, self._norm / self._train.clip_norm)
         with self._guarded():
-            self._flat.step(learning_rate, self._num_targets * max(1.0, self._norm / self._train.clip_norm))
-        self.num_optimizer_steps += 1
+            self._flat.step(learning_rate, divisor, self._is_busy)
 
     def dev_loss(self, windows: Windows, domain_id: int | None = None) -> DevLoss:
         """See :meth:`btm.train.engine.Engine.dev_loss`."""
-        del domain_id
-        count = self._train.micro_batch_sequences or max(1, self._train.batch_tokens // self._train.sequence_length)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        mesh = self._mesh
+        passes: list[ExpertPass] = []
         self._losses.eval()
         with self._guarded(), torch.no_grad():
-            for begin in range(mesh.data_rank * count, len(windows.inputs), mesh.data_size * count):
-                targets = self._tensor(windows.targets[begin : begin + count])
-                inputs = self._tensor(windows.inputs[begin : begin + count])
-                losses = self._losses(inputs, targets, None, by_token=True)
-                total[0] += losses.double().sum()
+            for arrays in self._passes.of_windows(windows):
+                inputs, targets = (self._tensor(array) for array in arrays)
+                experts = None if self._experts is None else self._experts.dev_pass_of(targets, domain_id)
+                total[0] += self._losses(inputs, targets, None, self._begun(experts, inputs), True).double().sum()
                 total[1] += (targets >= 0).sum()
+                passes += [] if experts is None else [experts]
         self._losses.train()
         loss, num_targets = self.ranks.sum_(self._counted_once(total)).tolist()
-        return DevLoss(loss / max(1.0, num_targets), {})
+        mean = loss / max(1.0, num_targets)
+        if self._experts is None:
+            return DevLoss(mean, {})
+        return DevLoss(mean, self._experts.counts(passes), self._experts.class_counts(passes))
 
     def expert_metrics(self) -> dict[str, float]:
         """See :meth:`btm.train.engine.Engine.expert_metrics`."""
-        return {}
+        return {} if self._experts is None else self._experts.metrics(self._num_targets)
 
     def tensor_files(self) -> TensorFiles:
         """See :meth:`btm.train.engine.Engine.tensor_files`; every rank calls it, the main rank alone gets tensors.
 
         They are copies in the memory of the main rank, 12 bytes per weight.
         """
-        files: dict[str, dict[str, torch.Tensor]] = {}
-        for file, kinds in FILES.items():
-            named = ((kind, name, value) for kind in kinds for name, value in self._gathered(kind))
-            files[file] = {tensor_name(kind, name): value for kind, name, value in named}
+        with self._guarded():
+            files = {
+                file: {tensor_name(kind, name): value for kind in kinds for name, value in self._whole.gathered(kind)}
+                for file, kinds in FILES.items()
+            }
+        if self.ranks.is_main and self._experts is not None:
+            model, optimizer = files.values()
+            model |= self._experts.kept_buffers()
+            optimizer |= {f"step.{name}": self._flat.steps.experts[which] for name, which in self._step_names.items()}
         self._to_fill = files
         return files if self.ranks.is_main else {}
 
@@ -159,17 +180,22 @@ class MegatronEngine:
         with self._guarded():
             for file, kinds in FILES.items():
                 for kind in kinds:
-                    for entry in self._entries:
-                        self._fill(entry, kind, [self._from_main(file, kind, name) for name in entry.sources])
+                    for entry in self._whole.entries:
+                        values = [self._from_main(file, kind, name) for name in entry.sources]
+                        self._whole.fill(entry, kind, values)
             self._flat.refresh_weights()
+            copy_from_main(self.ranks, self._flat.steps.experts)
+            for buffer in {} if self._experts is None else self._experts.kept_buffers().values():
+                copy_from_main(self.ranks, buffer)
         self._to_fill = {}
-        self._flat.set_step(num_optimizer_steps)
-        self.num_optimizer_steps = num_optimizer_steps
+        self._flat.steps.shared = num_optimizer_steps
 
     def save_model(self, directory: Path, tokenizer_dir: Path) -> None:
         """See :meth:`btm.train.engine.Engine.save_model`."""
-        for name, value in self._gathered(None):
-            self._hf_parameters[name].data = value.to(self._dtype)
+        bring_together(self.model)
+        with self._guarded():
+            for name, value in self._whole.gathered(None):
+                self._hf_parameters[name].data = value.to(self._dtype)
         if self.ranks.is_main:
             save_model(self.model, directory, self._dtype, tokenizer_dir)
 
@@ -177,63 +203,40 @@ class MegatronEngine:
         """See :meth:`btm.train.engine.Engine.matmul_peak`."""
         return matmul_peak_of(self.ranks, self._dtype)
 
-    def _make_flat(self) -> FlatSlice:
-        """Buffers with the weights of the transformers model, which gives its memory away."""
-        flat = FlatSlice(
-            dict(self._losses.gpt.named_parameters()),
-            self._entries,
-            self._mesh,
-            train=self._train,
-            dtype=self._dtype,
-            device=self.ranks.device,
-            has_parts=self._is_sequence_parallel,
-        )
-        self._sizes = {name: parameter.shape for name, parameter in self._hf_parameters.items()}
-        self._flat = flat
-        for entry in self._entries:
-            self._fill(entry, None, [self._hf_parameters[name].detach() for name in entry.sources])
-        for parameter in self._hf_parameters.values():
-            parameter.data = parameter.data.new_empty(0)
-        flat.refresh_weights()
-        return flat
-
-    def _backward(self, batch: Batch) -> torch.Tensor:
-        """Gradients of the rows of this process's group; returns the sum of their losses, fp64."""
-        rows = BatchSampler.rows(batch, self._mesh.data_rank, self._mesh.data_size)
+    def _backward(self, batch: Batch, random_seed: int) -> torch.Tensor:
+        """Gradients of the passes of this process's group; returns the sum of their losses, fp64."""
+        targets_per_token = self._num_targets / max(1, batch.num_input_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        count = self._train.micro_batch_sequences or max(1, len(rows.inputs))
-        for begin in range(0, len(rows.inputs), count):
-            part = rows.part(slice(begin, begin + count))
-            segments = None if part.input_segments is None else self._tensor(part.input_segments)
-            loss = self._losses(self._tensor(part.inputs), self._tensor(part.targets), segments)
-            loss.backward()
-            total += loss.detach()
+        if self._experts is not None:
+            self._experts.start_update()
+        for one in self._passes.of_batch(batch, random_seed):
+            total += self._pass(one.part, 0.0 if one.is_padding else targets_per_token)
+        if self._experts is not None:
+            self._experts.end_update()
         return total
 
-    def _gathered(self, kind: str | None) -> Iterator[tuple[str, torch.Tensor]]:
-        """On the main rank whole masters (None) or moments by Hugging Face name, on the CPU; every rank runs it."""
-        mesh = self._mesh
-        with self._guarded():
-            flat = self._flat.whole(kind)
-            if mesh.data_rank > 0:
-                return
-            for entry in self._entries:
-                own = self._flat.slots[entry.name].view(flat)
-                shards = [torch.empty_like(own) for _ in range(mesh.tensor_size)] if mesh.tensor_rank == 0 else None
-                if mesh.tensor_size == 1:
-                    shards = [own]
-                else:
-                    dist.gather(own, shards, dst=0, group=mesh.tensor_group)
-                if shards is not None:
-                    for name, value in join(entry, shards, self._shape).items():
-                        yield name, value.to("cpu", copy=True)
+    def _pass(self, part: Batch, targets_per_token: float) -> torch.Tensor:
+        inputs, targets = self._tensor(part.inputs), self._tensor(part.targets)
+        segments = None if part.input_segments is None else self._tensor(part.input_segments)
+        if self._experts is None:
+            loss = self._losses(inputs, targets, segments)
+            loss.backward()
+            return loss.detach()
+        experts = self._experts.pass_of(part)
+        loss = self._losses(inputs, targets, segments, self._begun(experts, inputs))
+        extra = self._experts.loss(experts, part.num_input_tokens * targets_per_token)
+        (loss if extra is None else loss + extra).backward()
+        self._experts.end_pass()
+        return loss.detach()
+
+    def _begun(self, experts: ExpertPass | None, inputs: torch.Tensor) -> ExpertPass | None:
+        """The pass with its tokens, as a call of the transformers model begins it."""
+        if experts is not None:
+            supply_pass(self.model.base_model, (inputs,), {EXPERTS: experts})
+        return experts
 
     def _from_main(self, file: str, kind: str | None, name: str) -> torch.Tensor:
         return taken_from_main(self.ranks, self._to_fill[file], tensor_name(kind, name), self._sizes[name])
-
-    def _fill(self, entry: Entry, kind: str | None, tensors: list[torch.Tensor]) -> None:
-        shards = split(entry, tensors, self._shape, self._mesh.tensor_size)
-        self._flat.fill(entry.name, kind, shards[self._mesh.tensor_rank])
 
     def _counted_once(self, values: torch.Tensor) -> torch.Tensor:
         """``values``, which all tensor-parallel processes of a group have, as a summand of a sum over all processes."""
@@ -251,11 +254,3 @@ class MegatronEngine:
                     yield
             else:
                 yield
-
-
-def _check_processes(num_processes: int, tensor_parallel: int) -> None:
-    if num_processes % tensor_parallel:
-        raise ConfigError(
-            [f"engine.tensor_parallel={tensor_parallel} must divide the {num_processes} processes that run this model; "
-             f"set engine.num_processes to a multiple of it"]
-        )  # fmt: skip

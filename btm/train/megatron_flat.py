@@ -5,25 +5,37 @@ moments are cut into equal stretches, one per data-parallel process (ZeRO 1, htt
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from btm.config_train import TrainConfig
-from btm.train.flat import Slot, sum_of_squares
+from btm.train.expert_steps import StepCounts
+from btm.train.flat import NOBODY, Owners, Span, sum_of_squares
+from btm.train.flat_adam import FlatAdamW
 from btm.train.gathered_tensors import MOMENTS
-from btm.train.megatron_mapping import Cut, Entry
+from btm.train.megatron_layout import FlatLayout
+from btm.train.megatron_mapping import Entry
 from btm.train.megatron_start import Mesh
 
-_ALIGNMENT = 64
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """What one process steps on."""
+
+    masters: torch.Tensor
+    gradients: torch.Tensor
+    spans: Sequence[Span]
 
 
 class FlatSlice:
     """Weights, gradients, masters, moments and the AdamW (https://arxiv.org/abs/1711.05101) that steps on them.
 
-    Order in the buffers: matrices (which have weight decay), vectors that are shared out, vectors that every
-    tensor-parallel process has. The last get their gradients from all of these processes and stay the same bits there.
+    What every tensor-parallel process has gets its gradients from all of these processes and stays the same bits there.
+    Of an expert that no token of an update reached neither weights nor moments nor steps change.
 
     Attributes:
         slots: Place of each parameter, by name.
@@ -40,7 +52,8 @@ class FlatSlice:
         train: TrainConfig,
         dtype: torch.dtype,
         device: torch.device,
-        has_parts: bool,
+        owners: Owners = NOBODY,
+        num_owners: int = 0,
     ) -> None:
         """Take over ``parameters``, whose values are lost.
 
@@ -51,41 +64,34 @@ class FlatSlice:
             train: Recipe.
             dtype: Of forward and backward.
             device: Where the buffers lie.
-            has_parts: Whether gradients of copied vectors are sums over tensor-parallel processes (sequence parallel).
+            owners: By Megatron's names, of what experts own.
+            num_owners: Experts of the model.
         """
         self._mesh = mesh
-        ordered = sorted(entries, key=lambda entry: (parameters[entry.name].ndim < 2, entry.cut is Cut.copied))
-        self.slots: dict[str, Slot] = {}
-        begin = 0
-        decay_end = copied_begin = None
-        for entry in ordered:
-            shape = parameters[entry.name].shape
-            if len(shape) < 2 and decay_end is None:
-                decay_end = begin
-            if entry.cut is Cut.copied and copied_begin is None:
-                copied_begin = begin
-            self.slots[entry.name] = Slot(entry.name, shape, begin, begin + shape.numel())
-            begin = _round_up(begin + shape.numel(), _ALIGNMENT)
-        size = _round_up(begin, mesh.data_size * _ALIGNMENT)
-        self._copied = slice(size if copied_begin is None else copied_begin, size)
-        # A process counts each gradient once: the copied ones on the first of the tensor-parallel processes.
-        self._is_dropped = {
-            entry.name: entry.cut is Cut.copied and not (entry.is_by_head or has_parts) and mesh.tensor_rank > 0
-            for entry in entries
-        }
-        stretch = size // mesh.data_size
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        layout = FlatLayout.of(shapes, entries, owners, num_stretches=mesh.data_size)
+        self.slots, self._copied = layout.slots, layout.copied
+        # A process counts each gradient once: those that all compute on the first of the tensor-parallel processes.
+        self._is_dropped = {entry.name: entry.is_repeated and mesh.tensor_rank > 0 for entry in entries}
+        stretch = layout.size // mesh.data_size
         self._own = slice(mesh.data_rank * stretch, (mesh.data_rank + 1) * stretch)
-        self.weights = torch.zeros(size, dtype=dtype, device=device)
-        self.gradients = torch.zeros(size, dtype=torch.float32, device=device)
+        self.weights = torch.zeros(layout.size, dtype=dtype, device=device)
+        self.gradients = torch.zeros(layout.size, dtype=torch.float32, device=device)
         self._is_exact = dtype == torch.float32
         self._masters = self.weights[self._own] if self._is_exact else torch.zeros(stretch, device=device)
-        self._moments = {kind: torch.zeros(stretch, device=device) for kind in MOMENTS}
         self._own_gradients = self.gradients if mesh.data_size == 1 else torch.zeros(stretch, device=device)
         self._filled: set[str] = set()
         for name, slot in self.slots.items():
             parameters[name].data = slot.view(self.weights)
             parameters[name].register_post_accumulate_grad_hook(self._taker(name))
-        self._optimizer = self._make_optimizer(train, size if decay_end is None else decay_end)
+        own = _Stretch(self._masters, self._own_gradients, layout.spans_of(self._own))
+        self._adam = FlatAdamW(own, train, num_owners)
+        self._moments = dict(zip(MOMENTS, self._adam.moments, strict=True))
+
+    @property
+    def steps(self) -> StepCounts:
+        """Steps of the shared weights and of each expert."""
+        return self._adam.steps
 
     def start_gradients(self) -> None:
         """Begin an update: the next gradient of each parameter replaces what is there."""
@@ -104,25 +110,23 @@ class FlatSlice:
             dist.all_reduce(self.gradients[self._copied], group=self._mesh.tensor_group)
         if self._mesh.data_size > 1:
             dist.reduce_scatter_tensor(self._own_gradients, self.gradients, group=self._mesh.data_group)
-        copied = max(0, min(self._copied.start - self._own.start, len(self._own_gradients)))
-        counted = self._own_gradients if self._mesh.tensor_rank == 0 else self._own_gradients[:copied]
-        return sum_of_squares(counted)
+        if self._mesh.tensor_rank == 0:
+            return sum_of_squares(self._own_gradients)
+        begin, end = (
+            max(0, min(border - self._own.start, len(self._own_gradients)))
+            for border in (self._copied.start, self._copied.stop)
+        )
+        return sum_of_squares(self._own_gradients[:begin]) + sum_of_squares(self._own_gradients[end:])
 
-    def step(self, learning_rate: float, gradient_divisor: float) -> None:
+    def step(self, learning_rate: float, gradient_divisor: float, is_busy: np.ndarray) -> None:
         """Step on this process's stretch and exchange the new weights. Collective.
 
         Args:
             learning_rate: Of this step.
             gradient_divisor: What the summed gradients are divided by.
+            is_busy: For each expert whether a token of the update reached it, bool ``(experts,)``.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-            for master in group["params"]:
-                begin = master.storage_offset() - self._masters.storage_offset()
-                master.grad = self._own_gradients[begin : begin + len(master)]
-        # The fused kernel divides by this on the way.
-        self._optimizer.grad_scale = torch.tensor(gradient_divisor, device=self.weights.device)  # pyright: ignore[reportAttributeAccessIssue]
-        self._optimizer.step()
+        self._adam.step(learning_rate, gradient_divisor, is_busy)
         self.refresh_weights()
 
     def refresh_weights(self) -> None:
@@ -153,11 +157,6 @@ class FlatSlice:
             part = value.flatten()[begin - slot.begin : end - slot.begin]
             own[begin - self._own.start : end - self._own.start].copy_(part)
 
-    def set_step(self, num_steps: int) -> None:
-        """Tell the optimizer how many steps the moments have behind them."""
-        for state in self._optimizer.state.values():
-            state["step"].fill_(num_steps)
-
     def _taker(self, name: str) -> Callable[[torch.Tensor], None]:
         view = self.slots[name].view(self.gradients)
 
@@ -172,23 +171,3 @@ class FlatSlice:
             parameter.grad = None
 
         return take
-
-    def _make_optimizer(self, train: TrainConfig, decay_end: int) -> torch.optim.AdamW:
-        border = max(0, min(decay_end - self._own.start, len(self._masters)))
-        groups = []
-        for part, decay in ((slice(0, border), train.weight_decay), (slice(border, len(self._masters)), 0.0)):
-            if part.start < part.stop:
-                groups.append({"params": [nn.Parameter(self._masters[part])], "weight_decay": decay})
-        optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True)
-        for group in groups:
-            (master,) = group["params"]
-            begin = master.storage_offset() - self._masters.storage_offset()
-            optimizer.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{kind: moment[begin : begin + len(master)] for kind, moment in self._moments.items()},
-            }
-        return optimizer
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

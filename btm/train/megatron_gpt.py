@@ -7,14 +7,17 @@ GPU and Transformer Engine installed, linear layers and attention are that libra
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from btm.model.expert_pass import ExpertPass
 from btm.model.linear_cross_entropy import linear_cross_entropy_rows, linear_cross_entropy_sum
 from btm.model.loss import IGNORED
+from btm.train.megatron_experts import BlockExperts, ExpertFeedForward, TokenLabels, with_experts
 from btm.train.megatron_modules import (
     CausalAttention,
     FixedRow,
@@ -44,6 +47,7 @@ class GptLosses(nn.Module):
         device: torch.device,
         is_sequence_parallel: bool = False,
         is_checkpointed: bool = False,
+        experts: Sequence[BlockExperts] = (),
     ) -> None:
         """Build this process's part of the model, on the CPU.
 
@@ -55,6 +59,7 @@ class GptLosses(nn.Module):
             device: Where the model will run; decides which layers are taken.
             is_sequence_parallel: Share out norms and residuals along the sequence.
             is_checkpointed: Keep of each layer its input only, and run it again in the backward pass.
+            experts: Expert layers of each block; nothing for a dense model.
         """
         super().__init__()
         transformer_config = imported("megatron.core.transformer").TransformerConfig
@@ -91,7 +96,7 @@ class GptLosses(nn.Module):
             )
             self.gpt = imported("megatron.core.models.gpt").GPTModel(
                 config=config,
-                transformer_layer_spec=_block_spec(shape, mesh, device, is_checkpointed),
+                transformer_layer_spec=_block_spec(shape, mesh, device, is_checkpointed, experts),
                 vocab_size=rows,
                 max_sequence_length=1,  # of learned positions, which there are not
                 share_embeddings_and_output_weights=shape.is_tied,
@@ -114,13 +119,19 @@ class GptLosses(nn.Module):
         return logits if self._vocabulary is None else self._vocabulary.without_padding(logits)
 
     def forward(
-        self, inputs: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None, by_token: bool = False
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        segments: torch.Tensor | None,
+        experts: ExpertPass | None = None,
+        by_token: bool = False,
     ) -> torch.Tensor:
         """Sum of the losses of all targets but those of -100, fp32 nats; the same on tensor-parallel processes.
 
-        With ``by_token`` the loss of each, [B, T], without gradients.
+        With ``by_token`` the loss of each, [B, T], without gradients. Expert layers report to ``experts``, which knows
+        the tokens already.
         """
-        hidden, known = self._hidden(inputs, segments), targets.t()
+        hidden, known = self._hidden(inputs, segments, experts), targets.t()
         kept = known != IGNORED
         rows = hidden.flatten(0, 1) if bool(kept.all()) else hidden[kept]
         losses = None if self._vocabulary is None else self._vocabulary.losses
@@ -135,9 +146,11 @@ class GptLosses(nn.Module):
         """This process's rows of the output head, [rows / tensor_size, C]."""
         return (self.gpt.embedding.word_embeddings if self._is_tied else self.gpt.output_layer).weight
 
-    def _hidden(self, inputs: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+    def _hidden(
+        self, inputs: torch.Tensor, segments: torch.Tensor | None, experts: ExpertPass | None = None
+    ) -> torch.Tensor:
         """Last hidden states of all tokens, [T, B, C]; their gradient is the sum over tensor-parallel processes."""
-        hidden = self.gpt(inputs, None, segments)
+        hidden = self.gpt(inputs, None, segments if experts is None else TokenLabels(segments, experts))
         if self._vocabulary is None:
             return hidden
         mappings = imported("megatron.core.tensor_parallel.mappings")
@@ -146,7 +159,9 @@ class GptLosses(nn.Module):
         return mappings.copy_to_tensor_model_parallel_region(hidden)
 
 
-def _block_spec(shape: GptShape, mesh: Mesh, device: torch.device, is_checkpointed: bool) -> Any:
+def _block_spec(
+    shape: GptShape, mesh: Mesh, device: torch.device, is_checkpointed: bool, experts: Sequence[BlockExperts]
+) -> Any:
     layers = imported("megatron.core.transformer.transformer_layer")
     attention = imported("megatron.core.transformer.attention")
     mlp = imported("megatron.core.transformer.mlp")
@@ -166,29 +181,39 @@ def _block_spec(shape: GptShape, mesh: Mesh, device: torch.device, is_checkpoint
         return None if shape.query_key_norm is QueryKeyNorm.none else RmsNorm
 
     norm = identity if shape.has_post_norms else RmsNorm
-    self_attention = attention.SelfAttentionSubmodules(
+    attention_parts = attention.SelfAttentionSubmodules(
         linear_qkv=linear(column, shape.has_qkv_bias),
         core_attention=spec(CausalAttention, params={"fused": fused}),
         linear_proj=linear(row, shape.has_projection_bias, shape.has_post_norms),
         q_layernorm=head_norm(shape.num_heads),
         k_layernorm=head_norm(shape.num_groups),
     )
+    self_attention = spec(attention.SelfAttention, params={"attn_mask_type": mask.causal}, submodules=attention_parts)
     feed_forward = mlp.MLPSubmodules(
         linear_fc1=linear(column, shape.has_feed_forward_bias),
         activation_func=SwiGlu,
         linear_fc2=linear(row, shape.has_feed_forward_bias, shape.has_post_norms),
     )
-    layer = layers.TransformerLayerSubmodules(
-        input_layernorm=norm,
-        self_attention=spec(attention.SelfAttention, params={"attn_mask_type": mask.causal}, submodules=self_attention),
-        self_attn_bda=residual_sum,
-        pre_mlp_layernorm=norm,
-        mlp=spec(mlp.MLP, submodules=feed_forward),
-        mlp_bda=residual_sum,
-    )
-    kind = run_again(layers.TransformerLayer) if is_checkpointed else layers.TransformerLayer
+
+    def layer_of(block: BlockExperts) -> Any:
+        network = spec(mlp.MLP, submodules=feed_forward)
+        if block.mlp is not None:
+            network = spec(ExpertFeedForward, params={"module": block.mlp, "has_norm": shape.has_post_norms})
+        parts = layers.TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=self_attention,
+            self_attn_bda=residual_sum,
+            pre_mlp_layernorm=norm,
+            mlp=network,
+            mlp_bda=residual_sum,
+        )
+        return spec(kind, submodules=parts, params={"behind": block.behind} if experts else {})
+
+    kind = with_experts(layers.TransformerLayer) if experts else layers.TransformerLayer
+    if is_checkpointed:
+        kind = run_again(kind, has_experts=bool(experts))
     return block.TransformerBlockSubmodules(
-        layer_specs=[spec(kind, submodules=layer)] * shape.num_layers, layer_norm=RmsNorm
+        layer_specs=[layer_of(one) for one in experts or [BlockExperts()] * shape.num_layers], layer_norm=RmsNorm
     )
 
 

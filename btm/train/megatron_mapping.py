@@ -6,7 +6,7 @@ vocabulary rows are shared out in equal parts (https://arxiv.org/abs/1909.08053)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -27,6 +27,12 @@ class Cut(StrEnum):
     """Rows of two matrices, or entries of two biases."""
     qkv = "qkv"
     """Rows of three matrices, or entries of three biases, by key-value group."""
+    units = "units"
+    """Last axis of a stack of matrices, one matrix for each expert."""
+
+
+AXES = {Cut.rows: 0, Cut.columns: 1, Cut.units: 2}
+"""Axis of a single tensor that is cut into equal parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +46,26 @@ class Entry:
     cut: Cut
     is_by_head: bool = False
     """Whether a copied weight meets only the process's own heads, so that its gradient there is one part of a sum."""
+    is_repeated: bool = False
+    """Whether every process computes the whole gradient of a copied weight, so that it counts once."""
 
 
-def entries_of(shape: GptShape) -> tuple[Entry, ...]:
-    """Every parameter of the model, matrices and vectors, in the order of the network."""
+def entries_of(shape: GptShape, *, is_sequence_parallel: bool = False) -> tuple[Entry, ...]:
+    """Every parameter of the model but those of expert layers, in the order of the network.
+
+    Args:
+        shape: Of the model.
+        is_sequence_parallel: Whether norms and biases meet a part of the sequence only.
+    """
     rows = [Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Cut.vocabulary)]
     for number in range(shape.num_layers):
-        rows += _block(shape, f"decoder.layers.{number}", f"model.layers.{number}")
+        rows += _block(shape, number)
     rows.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Cut.copied))
     if not shape.is_tied:
         rows.append(Entry("output_layer.weight", ("lm_head.weight",), Cut.vocabulary))
-    return tuple(rows)
+    return tuple(
+        replace(row, is_repeated=row.cut is Cut.copied and not (row.is_by_head or is_sequence_parallel)) for row in rows
+    )
 
 
 def split(entry: Entry, tensors: Sequence[torch.Tensor], shape: GptShape, tensor_parallel: int) -> list[torch.Tensor]:
@@ -68,8 +83,8 @@ def split(entry: Entry, tensors: Sequence[torch.Tensor], shape: GptShape, tensor
     first = tensors[0]
     if entry.cut is Cut.copied:
         parts = (first,) * tensor_parallel
-    elif entry.cut is Cut.columns:
-        parts = first.chunk(tensor_parallel, dim=1)
+    elif entry.cut in AXES:
+        parts = first.chunk(tensor_parallel, dim=AXES[entry.cut])
     elif entry.cut is Cut.vocabulary:
         padding = shape.padded_vocabulary(tensor_parallel) - first.shape[0]
         padded = torch.cat([first, first.new_zeros(padding, *first.shape[1:])]) if padding else first
@@ -96,8 +111,8 @@ def join(entry: Entry, shards: Sequence[torch.Tensor], shape: GptShape) -> dict[
     """
     if entry.cut is Cut.copied:
         whole = [shards[0]]
-    elif entry.cut is Cut.columns:
-        whole = [torch.cat(list(shards), dim=1)]
+    elif entry.cut in AXES:
+        whole = [torch.cat(list(shards), dim=AXES[entry.cut])]
     elif entry.cut is Cut.vocabulary:
         whole = [torch.cat(list(shards))[: shape.vocabulary]]
     elif entry.cut is Cut.qkv:
@@ -115,21 +130,24 @@ def missing_names(entries: Sequence[Entry], names: Mapping[str, object]) -> list
     return sorted({source for entry in entries for source in entry.sources} ^ names.keys())
 
 
-def _block(shape: GptShape, ours: str, theirs: str) -> Iterator[Entry]:
+def _block(shape: GptShape, number: int) -> Iterator[Entry]:
+    ours, theirs = f"decoder.layers.{number}", f"model.layers.{number}"
     attention, mlp = f"{ours}.self_attention", f"{ours}.mlp"
     theirs_mlp, theirs_attention = f"{theirs}.mlp", f"{theirs}.self_attn"
     behind = ".linear" if shape.has_post_norms else ""
     qkv = tuple(f"{theirs_attention}.{letter}_proj" for letter in "qkv")
     gate_up = (f"{theirs_mlp}.gate_proj", f"{theirs_mlp}.up_proj")
-    yield from _norms(shape, ours, theirs)
+    is_dense = number not in shape.expert_blocks
+    yield from _norms(shape, ours, theirs, "mlp.linear_fc2.norm" if is_dense else "mlp.norm")
     yield from _linear(f"{attention}.linear_qkv", qkv, Cut.qkv, Cut.qkv, shape.has_qkv_bias)
     projection = (f"{theirs_attention}.o_proj",)
     yield from _linear(
         f"{attention}.linear_proj{behind}", projection, Cut.columns, Cut.copied, shape.has_projection_bias
     )
-    yield from _linear(f"{mlp}.linear_fc1", gate_up, Cut.gate_up, Cut.gate_up, shape.has_feed_forward_bias)
-    down = (f"{theirs_mlp}.down_proj",)
-    yield from _linear(f"{mlp}.linear_fc2{behind}", down, Cut.columns, Cut.copied, shape.has_feed_forward_bias)
+    if is_dense:
+        yield from _linear(f"{mlp}.linear_fc1", gate_up, Cut.gate_up, Cut.gate_up, shape.has_feed_forward_bias)
+        down = (f"{theirs_mlp}.down_proj",)
+        yield from _linear(f"{mlp}.linear_fc2{behind}", down, Cut.columns, Cut.copied, shape.has_feed_forward_bias)
 
 
 def _linear(ours: str, theirs: Sequence[str], weight: Cut, bias: Cut, has_bias: bool) -> Iterator[Entry]:
@@ -138,10 +156,10 @@ def _linear(ours: str, theirs: Sequence[str], weight: Cut, bias: Cut, has_bias: 
         yield Entry(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), bias)
 
 
-def _norms(shape: GptShape, ours: str, theirs: str) -> Iterator[Entry]:
+def _norms(shape: GptShape, ours: str, theirs: str, behind_mlp: str) -> Iterator[Entry]:
     if shape.has_post_norms:
         pairs = {"self_attention.linear_proj.norm": "post_attention_layernorm"}
-        pairs["mlp.linear_fc2.norm"] = "post_feedforward_layernorm"
+        pairs[behind_mlp] = "post_feedforward_layernorm"
     else:
         pairs = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
     for our_name, their_name in pairs.items():

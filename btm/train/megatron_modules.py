@@ -193,20 +193,23 @@ class RotaryAngles(nn.Module):
 
 
 @functools.cache
-def run_again(layer: type[nn.Module]) -> type[nn.Module]:
+def run_again(layer: type[nn.Module], *, has_experts: bool = False) -> type[nn.Module]:
     """A transformer layer that keeps its input only, and runs again in the backward pass.
 
-    Megatron's own way to do so asks for the random numbers of a CUDA device; these layers need none.
+    Megatron's own way to do so asks for the random numbers of a CUDA device; without experts these layers need none.
 
     Args:
         layer: Megatron's class.
+        has_experts: Whether routers may draw random numbers and exchange something inside, which all processes must
+            then do again equally often.
     """
+    options_of_run = {"use_reentrant": False, "preserve_rng_state": has_experts, "early_stop": not has_experts}
 
     class LayerRunAgain(layer):
         def forward(self, *arguments: Any, **options: Any) -> Any:
             if not (self.training and torch.is_grad_enabled()):
                 return super().forward(*arguments, **options)
-            return checkpoint(super().forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+            return checkpoint(super().forward, *arguments, **options_of_run, **options)
 
     return LayerRunAgain
 

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from btm.config_model import MEGATRON_ARCHITECTURES
 from btm.errors import ConfigError
-from btm.model.sparse_lm import sparsity_of
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary scaling whose frequencies do not depend on the length of a sequence."""
@@ -29,7 +28,7 @@ class QueryKeyNorm(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GptShape:
-    """Sizes and options of a dense model with gated SiLU feed-forward networks, RMS norms and rotary embeddings."""
+    """Sizes and options of a model with gated SiLU feed-forward networks, RMS norms and rotary embeddings."""
 
     num_layers: int
     hidden_size: int
@@ -52,6 +51,8 @@ class GptShape:
     """Factor of the attention scores."""
     padding_token: int | None
     """Token whose input embedding is not trained, as in transformers."""
+    expert_blocks: frozenset[int] = frozenset()
+    """Blocks whose feed-forward network gave way to experts, in its place or behind the block."""
 
     def padded_vocabulary(self, tensor_parallel: int) -> int:
         """Rows of the embedding with padding to a multiple of ``tensor_parallel``."""
@@ -98,6 +99,11 @@ def shape_of(model: PreTrainedModel, *, sequence_length: int) -> GptShape:
         # transformers multiplies queries and keys with it; Megatron rotates without.
         score_scale=float(rotary.attention_scaling) ** 2 * head_size**-0.5,
         padding_token=embedding.padding_idx,
+        expert_blocks=frozenset(
+            number
+            for number in range(config.num_hidden_layers)
+            if f"model.layers.{number}.mlp.down_proj.weight" not in parameters
+        ),
     )
 
 
@@ -107,17 +113,31 @@ def frequencies_of(model: PreTrainedModel) -> torch.Tensor:
     return rotary.inv_freq.float()
 
 
-def check_division(shape: GptShape, tensor_parallel: int, *, is_sequence_parallel: bool, sequence_length: int) -> None:
+def check_division(
+    shape: GptShape,
+    tensor_parallel: int,
+    *,
+    is_sequence_parallel: bool,
+    sequence_length: int,
+    expert_width: int | None = None,
+) -> None:
     """Refuse what ``tensor_parallel`` processes cannot share out; the vocabulary is padded and always divides.
+
+    Args:
+        shape: Of the model.
+        tensor_parallel: Number of processes.
+        is_sequence_parallel: Whether they share out the sequence, too.
+        sequence_length: Tokens.
+        expert_width: Feed-forward width of one expert; None for a model without any.
 
     Raises:
         ConfigError: With every size that does not divide.
     """
-    sizes = {
-        "attention heads": shape.num_heads,
-        "key and value heads": shape.num_groups,
-        "the feed-forward width": shape.intermediate_size,
-    }
+    sizes = {"attention heads": shape.num_heads, "key and value heads": shape.num_groups}
+    if len(shape.expert_blocks) < shape.num_layers:
+        sizes["the feed-forward width"] = shape.intermediate_size
+    if expert_width is not None:
+        sizes["the feed-forward width of an expert, ffn.hidden_width,"] = expert_width
     if is_sequence_parallel:
         sizes["train.sequence_length, with engine.sequence_parallel=true,"] = sequence_length
     problems = [
@@ -131,9 +151,6 @@ def check_division(shape: GptShape, tensor_parallel: int, *, is_sequence_paralle
 
 def _problems(model: PreTrainedModel, sequence_length: int) -> Iterator[str]:
     config: Any = model.config
-    if sparsity_of(model) is not None:
-        yield f"engine=megatron trains dense models only, this one has expert layers (ffn); {_TORCH}"
-        return
     if config.model_type not in MEGATRON_ARCHITECTURES:
         yield f"engine=megatron trains {', '.join(MEGATRON_ARCHITECTURES)} models, got {config.model_type!r}; {_TORCH}"
         return

@@ -29,6 +29,8 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+    """These processes; None is all that there are."""
 
     @property
     def is_main(self) -> bool:
@@ -36,14 +38,14 @@ class Ranks:
         return self.rank == 0
 
     def sum_(self, tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-        """Replace ``tensor`` by its sum over all processes, or those of a group; all get the same bits.
+        """Replace ``tensor`` by its sum over these processes, or those of a group; all get the same bits.
 
         Raises:
             PeerLostError: If a process is gone.
         """
         if self.size > 1:
             with naming_lost_peers():
-                dist.all_reduce(tensor, group=group)
+                dist.all_reduce(tensor, group=group or self.group)
         return tensor
 
     def from_main(self, value: int) -> int:
@@ -56,7 +58,7 @@ class Ranks:
             return value
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
         with naming_lost_peers():
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, group=self.group, group_src=0)
         return int(tensor.item())
 
 

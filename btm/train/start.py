@@ -59,7 +59,7 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
     sampler = _make_sampler(spec, model, eos_id)
     store = CheckpointStore(output / _CHECKPOINTS, keep=spec.train.keep_checkpoints)
     own = _own_checkpoint(store, spec, sha256, ranks)
-    passes = _passes(spec, ranks, own)
+    passes = _passes(model, spec, ranks, own)
     engine = _engine_of(model, spec, ranks, passes)
     if own is not None:
         progress = _load(engine, own)
@@ -83,13 +83,12 @@ def prepare_trainer(spec: TrainSpec, ranks: Ranks, stop_requested: "Callable[[],
 
 
 def _engine_of(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks, passes: list[int] | None) -> Engine:
-    if spec.engine.name is EngineName.megatron:
+    kind = TorchEngine
+    if _engine_name(model, spec) is EngineName.megatron:
         from btm.train.megatron_engine import MegatronEngine
 
-        return MegatronEngine(model, train=spec.train, config=spec.engine, ranks=ranks)
-    kind = TorchEngine
-    # DeepSpeed trains all weights; where most are frozen, there is little state to share out.
-    if spec.engine.name is EngineName.deepspeed and all(weight.requires_grad for weight in model.parameters()):
+        kind = MegatronEngine
+    elif _engine_name(model, spec) is EngineName.deepspeed:
         from btm.train.deepspeed_engine import DeepSpeedEngine
 
         kind = DeepSpeedEngine
@@ -97,19 +96,28 @@ def _engine_of(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks, passes: 
     return kind(model, train=spec.train, config=spec.engine, ranks=ranks, passes=passes, token_classes=classes)
 
 
-def _passes(spec: TrainSpec, ranks: Ranks, own: Checkpoint | None) -> list[int] | None:
+def _engine_name(model: "PreTrainedModel", spec: TrainSpec) -> EngineName:
+    """The others train all weights; where most are frozen, there is little state to share out."""
+    is_whole = all(weight.requires_grad for weight in model.parameters())
+    return spec.engine.name if is_whole else EngineName.torch
+
+
+def _passes(model: "PreTrainedModel", spec: TrainSpec, ranks: Ranks, own: Checkpoint | None) -> list[int] | None:
     """Sequences of each pass, where they are part of what is learnt: those that the run began with; else None."""
     if not keeps_passes(spec.ffn):
         return None
-    asked = passes_of(spec.batch_sequences, ranks.size, spec.train.micro_batch_sequences)
+    # Processes that share out layers see the same sequences.
+    sharing = spec.engine.tensor_parallel if _engine_name(model, spec) is EngineName.megatron else 1
+    num_groups = ranks.size // sharing
+    asked = passes_of(spec.batch_sequences, num_groups, spec.train.micro_batch_sequences)
     passes = asked if own is None else _state(own).progress.passes or asked
-    if ranks.is_main and len(passes) < ranks.size <= spec.batch_sequences:
+    if ranks.is_main and len(passes) < num_groups <= spec.batch_sequences:
         logger.warning(
             "this run has %d forward passes per update, which %d processes cannot share equally; a new run has smaller "
             "ones with train.micro_batch_sequences=%d",
             len(passes),
-            ranks.size,
-            spec.batch_sequences // ranks.size,
+            num_groups,
+            spec.batch_sequences // num_groups,
         )
     return passes
 

@@ -67,13 +67,24 @@ def test_gpus_count_as_processes():
     assert parse_config(config).engine.tensor_parallel == 4
 
 
-def test_expert_layers_are_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match=r"engine=megatron trains dense models only.*use engine=torch"):
-        parse_config({"engine": MEGATRON, "ffn": {"layer": "top_k"}})
-    sparse = model()
-    add_experts(sparse, FfnConfig(layer="top_k"), ["a"], seed=1, is_pretrained=False)
-    with pytest.raises(ConfigError, match="dense models only, this one has expert layers"):
-        engine(sparse)
+def sparse(**ffn):
+    given = model(intermediate_size=48)
+    return add_experts(given, FfnConfig(**ffn), ["a"], seed=1, is_pretrained=False)
+
+
+def test_expert_layers_are_taken_and_a_width_that_does_not_divide_is_refused():
+    assert parse_config({"engine": MEGATRON, "ffn": {"layer": "top_k"}}).ffn.is_sparse
+    words = r"tensor_parallel=2 must divide the feed-forward width of an expert, ffn.hidden_width, \(21\)"
+    for layer in ("top_k", "base", "modality"):
+        given = sparse(layer=layer, hidden_width=21, modality_starts=[30])
+        with pytest.raises(ConfigError, match=words):
+            engine(given, ranks=Ranks(0, 2), tensor_parallel=2)
+
+
+def test_sharing_out_whole_experts_is_refused_with_what_does_it_here():
+    given = MEGATRON | {"num_processes": 2, "expert_parallel": 2}
+    with pytest.raises(ConfigError, match="engine.tensor_parallel shares out the width of each expert"):
+        parse_config({"engine": given, "ffn": {"layer": "top_k"}, "launch": {"cpus_per_elm": 2}})
 
 
 @pytest.mark.parametrize(

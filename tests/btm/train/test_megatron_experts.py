@@ -1,0 +1,74 @@
+"""Expert layers under Megatron compute what one process of the torch engine computes with the same passes."""
+
+from pathlib import Path
+from typing import Any
+
+import expert_layout_runs
+import pytest
+from expert_layout_runs import BF16, FP32, KINDS, MORE, SEQUENCES, known_references, passes, same
+from layout_runs import Reference
+from megatron_ready import MegatronEngine
+
+from btm.train.torch_engine import TorchEngine
+
+pytestmark = pytest.mark.distributed
+
+
+def run(directory: Path, world: int, **changes: Any) -> dict:
+    return expert_layout_runs.run(directory, world, make_engine=MegatronEngine, **changes)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """One process, the torch engine, the passes of the layout."""
+    return known_references(tmp_path_factory, TorchEngine)
+
+
+def layout(tensor: int, sequence: bool = False, **engine: Any) -> dict[str, Any]:
+    return {"name": "megatron", "tensor_parallel": tensor, "sequence_parallel": sequence} | engine
+
+
+LAYOUTS = [(1, 1, False), (2, 1, False), (2, 2, False), (2, 2, True), (4, 2, False), (4, 2, True)]
+"""Processes, those that share out a layer, and whether they share out the sequence."""
+QUICK = [
+    ("top_k", 2, 2, False, 2),
+    ("base", 2, 2, True, 1),
+    ("demix", 2, 1, False, 1),
+    ("modality", 2, 2, False, 1),
+]
+EVERY = [
+    (kind, *layout, accumulation)
+    for kind in KINDS | MORE
+    for layout in LAYOUTS
+    for accumulation in (1, 2)
+    if kind != "global" or accumulation == 1
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "tensor", "sequence", "accumulation"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY],
+)
+def test_every_layout_gives_what_one_process_gives(tmp_path, reference, kind, world, tensor, sequence, accumulation):
+    groups = world // tensor
+    right = reference(kind=kind, micro=passes(kind, groups, accumulation))
+    micro = SEQUENCES // groups // accumulation
+    same(run(tmp_path / "run", world, kind=kind, micro=micro, **layout(tensor, sequence)), right, FP32)
+
+
+CASES = [
+    ("demix", 2, layout(2, dtype="bf16"), BF16),
+    ("top_k", 2, layout(2, True, dtype="bf16"), BF16),
+    ("base", 4, layout(2, dtype="bf16"), BF16),
+    ("global", 4, layout(2, True, again=True), FP32),
+    ("inserted", 2, layout(2, True, again=True), FP32),
+    ("depths", 2, layout(2, again=True), FP32),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "world", "changes", "bounds"), CASES)
+def test_bf16_and_blocks_run_again(tmp_path, reference, kind, world, changes, bounds):
+    groups = world // changes["tensor_parallel"]
+    right = reference(kind=kind, micro=passes(kind, groups, 1), dtype=changes.get("dtype", "fp32"))
+    same(run(tmp_path / "run", world, kind=kind, **changes), right, bounds)
