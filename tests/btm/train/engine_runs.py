@@ -26,6 +26,12 @@ def by_deepspeed(spec: TrainSpec, stage: int, world: int, **engine) -> TrainSpec
     return spec.model_copy(update={"engine": EngineConfig(**(settings | engine))})
 
 
+def by_megatron(spec: TrainSpec, tensor: int, world: int, **engine) -> TrainSpec:
+    """``spec`` under Megatron, in fp32."""
+    settings = {"dtype": "fp32", "name": "megatron", "tensor_parallel": tensor, "num_processes": world}
+    return spec.model_copy(update={"engine": EngineConfig(**(settings | engine))})
+
+
 def dying_after(update: int, victim: int = 0) -> Callable[[int], None]:
     """Let the main rank kill itself as soon as it has written the checkpoint of ``update``."""
 

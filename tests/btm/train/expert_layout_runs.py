@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layout_runs import LENGTH, VOCABULARY, Reference, assert_clips_some, check, recipe, remembering, run_layout
+from layout_runs import (
+    LENGTH,
+    UPDATES,
+    VOCABULARY,
+    Reference,
+    assert_clips_some,
+    check,
+    recipe,
+    remembering,
+    run_layout,
+)
 from transformers import PreTrainedModel
 
 from btm.config_ffn import FfnConfig
@@ -63,6 +73,7 @@ def run(
     kind: str,
     micro: int | None = None,
     again: bool = False,
+    updates: int = UPDATES,
     model_of: Callable[[str], PreTrainedModel] = sparse_model,
     **engine: Any,
 ) -> dict:
@@ -75,6 +86,7 @@ def run(
         kind: Of expert layers.
         micro: Sequences of a pass.
         again: Run blocks a second time in the backward pass.
+        updates: How many.
         model_of: The model by kind.
         engine: Keys of the engine.
     """
@@ -84,7 +96,8 @@ def run(
         train = recipe(CLIP[kind], micro).model_copy(update={"activation_checkpointing": again})
         return make_engine(model_of(kind), train=train, config=config, ranks=ranks)
 
-    return run_layout(directory, world, make, batch_of=batch) | {"has_idle": kind in ("demix", "hash")}
+    found = run_layout(directory, world, make, batch_of=batch, updates=updates)
+    return found | {"has_idle": kind in ("demix", "hash")}
 
 
 def batch(number: int) -> Batch:

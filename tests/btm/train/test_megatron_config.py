@@ -83,7 +83,7 @@ def test_expert_layers_are_taken_and_a_width_that_does_not_divide_is_refused():
 
 def test_sharing_out_whole_experts_is_refused_with_what_does_it_here():
     given = MEGATRON | {"num_processes": 2, "expert_parallel": 2}
-    with pytest.raises(ConfigError, match="engine.tensor_parallel shares out the width of each expert"):
+    with pytest.raises(ConfigError, match=r"engine\.tensor_parallel shares out the width of each expert"):
         parse_config({"engine": given, "ffn": {"layer": "top_k"}, "launch": {"cpus_per_elm": 2}})
 
 

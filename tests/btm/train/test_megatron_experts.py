@@ -72,3 +72,30 @@ def test_bf16_and_blocks_run_again(tmp_path, reference, kind, world, changes, bo
     groups = world // changes["tensor_parallel"]
     right = reference(kind=kind, micro=passes(kind, groups, 1), dtype=changes.get("dtype", "fp32"))
     same(run(tmp_path / "run", world, kind=kind, **changes), right, bounds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "changes"),
+    [
+        ("hash", 2, layout(2)),
+        pytest.param("demix", 4, layout(2, True), marks=pytest.mark.slow),
+        pytest.param("hash", 2, layout(1, dtype="bf16"), marks=pytest.mark.slow),
+    ],
+)
+def test_an_expert_without_tokens_keeps_weights_moments_and_steps(tmp_path, kind, world, changes):
+    """The third update reaches experts 0 and 2 only; momentum and weight decay would move the others, too."""
+    before, after = (
+        run(tmp_path / str(updates), world, kind=kind, updates=updates, **changes)["tensors"] for updates in (2, 3)
+    )
+    checked = 0
+    for file, tensors in after.items():
+        for name, tensor in tensors.items():
+            if "experts" not in name:
+                continue
+            moved = tensor != before[file][name]
+            parts = enumerate(moved) if kind == "hash" else [(int(name.split("experts.experts.")[1][0]), moved)]
+            for expert, part in parts:
+                assert bool(part.any()) == (expert in (0, 2)), (file, name, expert)
+                checked += 1
+    # Two blocks of four experts: three matrices with two moments each, and the number of steps.
+    assert checked == 2 * 4 * (3 * 3 + 1)

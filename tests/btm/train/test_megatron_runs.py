@@ -7,21 +7,16 @@ from pathlib import Path
 import megatron_ready  # noqa: F401
 import pytest
 import torch
-from engine_runs import KILLED, PEER_LOST, by_torch, dying_after, same_curve
+from engine_runs import KILLED, PEER_LOST, by_megatron, by_torch, dying_after, same_curve
 from training_runs import kill, last_checkpoint, log, outcome, run, run_group, start_group, wait, wait_for
 from transformers import AutoModelForCausalLM
 
-from btm.config_model import EngineConfig, ModelConfig
+from btm.config_model import ModelConfig
 from btm.corpus.tokenizer import TextEncoder
 from btm.model.causal_lm import build_model, save_model
-from btm.requests import Start, TrainSpec
+from btm.requests import Start
 
 pytestmark = pytest.mark.distributed
-
-
-def by_megatron(spec: TrainSpec, tensor: int, world: int, **engine) -> TrainSpec:
-    settings = {"dtype": "fp32", "name": "megatron", "tensor_parallel": tensor, "num_processes": world}
-    return spec.model_copy(update={"engine": EngineConfig(**(settings | engine))})
 
 
 @pytest.mark.slow
