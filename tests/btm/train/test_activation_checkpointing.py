@@ -37,9 +37,10 @@ SPARSE = {
     "base": FfnConfig(layer="base", layers="spread_1", num_experts=4),
     "demix": FfnConfig(layer="demix", initial="random"),
     "modality": FfnConfig(layer="modality", group_sizes=[2, 2], modality_starts=[30], auxiliary_weight=0.2),
-    "depths": FfnConfig(layer="modality", group_sizes=[2, 1], modality_starts=[30], depth_fraction=0.6),
+    "depths": FfnConfig(layer="modality", group_sizes=[2, 1], modality_starts=[30], depth_fraction=0.6, is_noisy=True),
 }
 HALVES = {"num_processes": 2, "expert_parallel": 2}
+PARTS = {"tensor_parallel": 2, "sequence_parallel": True}
 
 
 def case(name: str, world: int = 1, kind: str = "", is_slow: bool = False, **engine: Any):
@@ -62,7 +63,9 @@ CASES = [
     *(case("deepspeed", 2, kind, zero_stage=2, is_slow=True, **HALVES) for kind in ("top_k", "base", "demix")),
     case("megatron", is_slow=True),
     case("megatron", dtype="bf16", is_slow=True),
-    case("megatron", 2, tensor_parallel=2, sequence_parallel=True),
+    case("megatron", 2, **PARTS),
+    *(case("megatron", kind=kind, is_slow=True) for kind in SPARSE),
+    *(case("megatron", 2, kind, is_slow=kind != "depths", **PARTS) for kind in SPARSE),
 ]
 
 

@@ -57,21 +57,22 @@ def test_every_layout_gives_what_one_process_gives(tmp_path, reference, kind, wo
 
 
 CASES = [
-    ("demix", 2, layout(2, dtype="bf16"), BF16),
-    ("top_k", 2, layout(2, True, dtype="bf16"), BF16),
-    ("base", 4, layout(2, dtype="bf16"), BF16),
-    ("global", 4, layout(2, True, again=True), FP32),
-    ("inserted", 2, layout(2, True, again=True), FP32),
-    ("depths", 2, layout(2, again=True), FP32),
+    ("demix", 2, layout(2, dtype="bf16"), {}, BF16),
+    # Rounding decides who takes a token on the border of two experts; later updates drift apart.
+    ("top_k", 2, layout(2, True, dtype="bf16"), {"updates": 3}, BF16),
+    ("base", 4, layout(2, dtype="bf16"), {"updates": 3}, BF16),
+    ("global", 4, layout(2, True, again=True), {}, FP32),
+    ("inserted", 2, layout(2, True, again=True), {}, FP32),
+    ("depths", 2, layout(2, again=True), {}, FP32),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "world", "changes", "bounds"), CASES)
-def test_bf16_and_blocks_run_again(tmp_path, reference, kind, world, changes, bounds):
+@pytest.mark.parametrize(("kind", "world", "changes", "length", "bounds"), CASES)
+def test_bf16_and_blocks_run_again(tmp_path, reference, kind, world, changes, length, bounds):
     groups = world // changes["tensor_parallel"]
-    right = reference(kind=kind, micro=passes(kind, groups, 1), dtype=changes.get("dtype", "fp32"))
-    same(run(tmp_path / "run", world, kind=kind, **changes), right, bounds)
+    right = reference(kind=kind, micro=passes(kind, groups, 1), dtype=changes.get("dtype", "fp32"), **length)
+    same(run(tmp_path / "run", world, kind=kind, **changes, **length), right, bounds)
 
 
 @pytest.mark.parametrize(
