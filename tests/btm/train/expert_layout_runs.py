@@ -59,9 +59,10 @@ FP32 = {"curve": 1e-5, "norm": 1e-4, "weights": 1e-5, "moments": 1e-4}
 BF16 = {"curve": 2e-2, "norm": 2e-1, "weights": 3e-2, "moments": 3e-1}
 
 
-def sparse_model(kind: str) -> PreTrainedModel:
+def sparse_model(kind: str, arch: str = "llama") -> PreTrainedModel:
     """Two layers."""
-    model = build_model(ModelConfig(num_layers=2, hidden_size=32, num_heads=2), vocab_size=VOCABULARY, eos_id=0, seed=1)
+    config = ModelConfig(arch=arch, num_layers=2, hidden_size=32, num_heads=2)
+    model = build_model(config, vocab_size=VOCABULARY, eos_id=0, seed=1)
     return add_experts(model, (KINDS | MORE)[kind], DOMAINS, seed=4)
 
 
@@ -74,7 +75,7 @@ def run(
     micro: int | None = None,
     again: bool = False,
     updates: int = UPDATES,
-    model_of: Callable[[str], PreTrainedModel] = sparse_model,
+    arch: str = "llama",
     **engine: Any,
 ) -> dict:
     """Train on ``world`` processes.
@@ -87,14 +88,14 @@ def run(
         micro: Sequences of a pass.
         again: Run blocks a second time in the backward pass.
         updates: How many.
-        model_of: The model by kind.
+        arch: Of the model.
         engine: Keys of the engine.
     """
     config = EngineConfig(**({"dtype": "fp32", "num_processes": world} | engine))
 
     def make(ranks: Ranks) -> Engine:
         train = recipe(CLIP[kind], micro).model_copy(update={"activation_checkpointing": again})
-        return make_engine(model_of(kind), train=train, config=config, ranks=ranks)
+        return make_engine(sparse_model(kind, arch), train=train, config=config, ranks=ranks)
 
     found = run_layout(directory, world, make, batch_of=batch, updates=updates)
     return found | {"has_idle": kind in ("demix", "hash")}

@@ -56,6 +56,18 @@ def test_every_layout_gives_what_one_process_gives(tmp_path, reference, kind, wo
     same(run(tmp_path / "run", world, kind=kind, micro=micro, **layout(tensor, sequence)), right, FP32)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [("olmo2", "top_k"), ("olmo2", "base"), ("olmo2", "depths"), ("qwen3", "inserted"), ("mistral", "demix")],
+)
+def test_experts_of_other_architectures(tmp_path, reference, arch, kind, sequence):
+    """Norms stand behind the feed-forward networks of OLMo 2, also where a BASE layer has replaced them."""
+    changes = {"kind": kind, "arch": arch, "updates": 6}
+    same(run(tmp_path / "run", 2, **changes, **layout(2, sequence)), reference(**changes), FP32)
+
+
 CASES = [
     ("demix", 2, layout(2, dtype="bf16"), {}, BF16),
     # Rounding decides who takes a token on the border of two experts; later updates drift apart.
