@@ -86,7 +86,9 @@ class FlatSlice:
             parameters[name].register_post_accumulate_grad_hook(self._taker(name))
         own = _Stretch(self._masters, self._own_gradients, layout.spans_of(self._own))
         self._adam = FlatAdamW(own, train, num_owners)
-        self._moments = dict(zip(MOMENTS, self._adam.moments, strict=True))
+        moments: dict[str, torch.Tensor] = {}
+        moments.update(zip(MOMENTS, self._adam.moments, strict=True))
+        self._moments = moments
 
     @property
     def steps(self) -> StepCounts:
