@@ -127,8 +127,7 @@ def engine_problems(
         model: Sizes of a model trained from scratch; None looks at the engine alone.
     """
     problems = _foreign_keys(engine)
-    if engine.name in (EngineName.torch, EngineName.deepspeed):
-        problems += _expert_problems(engine, num_processes or engine.num_processes, is_sparse=is_sparse)
+    problems += _expert_problems(engine, num_processes or engine.num_processes, is_sparse=is_sparse)
     if engine.name is EngineName.deepspeed:
         stage = 2 if engine.zero_stage is None else engine.zero_stage
         least = {Offload.none: 0, Offload.optimizer: 1, Offload.all: 3}[engine.offload]
@@ -169,24 +168,22 @@ def _megatron_problems(engine: EngineConfig, num_processes: int, model: ModelCon
 
 def _foreign_keys(engine: EngineConfig) -> list[str]:
     """Keys that another engine than the one asked for takes."""
-    asked: dict[tuple[EngineName, ...], dict[str, bool]] = {
-        (EngineName.torch, EngineName.deepspeed): {"expert_parallel": engine.expert_parallel > 1},
-        (EngineName.deepspeed,): {
+    asked = {
+        EngineName.deepspeed: {
             "zero_stage": engine.zero_stage is not None,
             "offload": engine.offload is not Offload.none,
             "deepspeed": bool(engine.deepspeed),
         },
-        (EngineName.megatron,): {
+        EngineName.megatron: {
             "tensor_parallel": engine.tensor_parallel > 1,
             "sequence_parallel": engine.sequence_parallel,
         },
     }
-    instead = {"expert_parallel": "; engine.tensor_parallel shares out the width of each expert"}
     return [
-        f"engine.{key} needs engine={' or engine='.join(owners)}, got engine={engine.name}{instead.get(key, '')}"
-        for owners, keys in asked.items()
+        f"engine.{key} needs engine={owner}, got engine={engine.name}"
+        for owner, keys in asked.items()
         for key, is_asked in keys.items()
-        if is_asked and engine.name not in owners
+        if is_asked and engine.name is not owner
     ]
 
 
@@ -195,10 +192,12 @@ def _expert_problems(engine: EngineConfig, num_processes: int, *, is_sparse: boo
     size = engine.expert_parallel
     if size > 1 and not is_sparse:
         return [f"engine.expert_parallel={size} needs expert layers, got ffn=dense; choose another ffn, or leave it 1"]
-    if num_processes % size:
+    factor = size * engine.tensor_parallel
+    if size > 1 and num_processes % factor:
+        sharing = f" times engine.tensor_parallel={engine.tensor_parallel}" if engine.tensor_parallel > 1 else ""
         return [
-            f"engine.expert_parallel={size} must divide the {num_processes} processes of a model; set "
-            f"engine.num_processes to a multiple of it, such as {-(-num_processes // size) * size}"
+            f"engine.expert_parallel={size}{sharing} must divide the {num_processes} processes of a model; set "
+            f"engine.num_processes to a multiple of it, such as {-(-num_processes // factor) * factor}"
         ]
     return []
 
@@ -206,13 +205,14 @@ def _expert_problems(engine: EngineConfig, num_processes: int, *, is_sparse: boo
 def share_problems(engine: EngineConfig, num_experts: int | None) -> list[str]:
     """What does not fit with layers of ``num_experts`` experts; None where domains decide how many.
 
-    DeepSpeed's processes exchange gradients in buckets of equal sizes, so all need equally many experts.
+    DeepSpeed's processes exchange gradients in buckets of equal sizes, and Megatron's gather equal parts, so all need
+    equally many experts.
     """
     size = engine.expert_parallel
-    if engine.name is not EngineName.deepspeed or num_experts is None or num_experts % size == 0:
+    if engine.name is EngineName.torch or num_experts is None or num_experts % size == 0:
         return []
     return [
-        f"engine=deepspeed shares out experts equally: engine.expert_parallel={size} must divide the {num_experts} "
+        f"engine={engine.name} shares out experts equally: engine.expert_parallel={size} must divide the {num_experts} "
         f"experts of a layer; choose another number of experts, or use engine=torch"
     ]
 

@@ -131,7 +131,7 @@ def _num_processes(share: GroupSize, sequences: int, engine: EngineConfig, *, ha
         ConfigError: If there is none.
     """
     experts = engine.expert_parallel if has_experts else 1
-    multiple = math.lcm(experts, engine.tensor_parallel, share.num_nodes)
+    multiple = math.lcm(experts * engine.tensor_parallel, share.num_nodes)
     counts = range(multiple, share.num_processes + 1, multiple)
     fitting = [count for count in counts if sequences % (count // engine.tensor_parallel) == 0]
     if fitting:

@@ -92,7 +92,7 @@ def _totals_table(steps: Sequence[Step], config: Config, given: PlanInput) -> Ta
         if dense := by_name.get("dense"):
             values["tokens, seed + dense"] = format_count(seed.tokens + dense.tokens)
     values["disk"] = format_bytes(sum(step.disk_bytes for step in steps))
-    size_of_group = config.engine.expert_parallel
+    size_of_group = config.engine.expert_parallel * config.engine.tensor_parallel
     if (sparse := by_name.get("sparse")) and size_of_group > 1:
         groups_of = sparse.num_processes // size_of_group
         values["experts of a layer"] = f"shared out among {size_of_group} processes, {groups_of} times"

@@ -8,6 +8,7 @@ safetensors, so that a run can go on under another engine, another number of pro
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -71,8 +72,7 @@ class MegatronEngine:
             TrainingError: If Megatron-Core is not installed.
         """
         shape = checked_shape(model, train, config, ranks.size)
-        self._hf_parameters = dict(model.named_parameters())
-        self._sizes = {name: parameter.shape for name, parameter in self._hf_parameters.items()}
+        self._sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.ranks = ranks
         self.model = model
         self.num_parameters = num_parameters(model)
@@ -86,21 +86,23 @@ class MegatronEngine:
         self._norm = 0.0
         self._to_fill: Files = {}
         with self._guarded():
-            self._mesh = join_mesh(ranks, config.tensor_parallel)
-            self._losses, self._whole = build(model, shape, self._mesh, train=train, config=config, device=ranks.device)
-        mesh, self._flat = self._mesh, self._whole.flat
+            self._mesh = join_mesh(ranks, config.tensor_parallel, config.expert_parallel)
+            built = build(model, shape, self._mesh, train=train, config=config, device=ranks.device)
+        self._losses, self._state, self._shares = built.losses, built.state, built.shares
+        self._losses.train()
+        mesh = self._mesh
         data_ranks = Ranks(mesh.data_rank, mesh.data_size, ranks.device, mesh.data_group)
-        self._experts = ExpertTraining.of(model, data_ranks, token_classes=token_classes)
+        are_divided = mesh.expert_size > 1
+        self._experts = ExpertTraining.of(model, data_ranks, are_divided=are_divided, token_classes=token_classes)
         self._passes = Passes.of(
             model,
             train,
             data_ranks,
             sizes=passes,
-            num_shares=1,
+            num_shares=config.expert_parallel,
             are_equal=self._experts is not None and self._experts.needs_equal_passes,
-            dev_are_equal=False,
+            dev_are_equal=are_divided,
         )
-        self._losses.train()
 
     @property
     def losses(self) -> GptLosses:
@@ -110,16 +112,16 @@ class MegatronEngine:
     @property
     def num_optimizer_steps(self) -> int:
         """Optimizer steps taken so far."""
-        return self._flat.steps.shared
+        return self._state.steps.shared
 
     def gradients(self, batch: Batch, *, random_seed: int, stop_requested: bool) -> Gradients:
         """See :meth:`btm.train.engine.Engine.gradients`."""
         self._to_fill = {}  # as large as a checkpoint
         self._num_targets = max(1, sum(batch.domain_tokens.values()))
-        self._flat.start_gradients()
+        self._state.start_gradients()
         with self._guarded():
             loss = self._backward(batch, random_seed)
-            squares = self._flat.reduce_gradients()
+            squares = self._state.reduce_gradients()
         values = torch.zeros(_NUM_VALUES + len(self._is_busy), dtype=torch.float64, device=self.ranks.device)
         values[0], values[1], values[2] = self._counted_once(loss), float(stop_requested), squares
         if self._experts is not None:
@@ -133,7 +135,7 @@ class MegatronEngine:
         """See :meth:`btm.train.engine.Engine.step`."""
         divisor = self._num_targets * max(1.0, self._norm / self._train.clip_norm)
         with self._guarded():
-            self._flat.step(learning_rate, divisor, self._is_busy)
+            self._state.step(learning_rate, divisor, self._is_busy)
 
     def dev_loss(self, windows: Windows, domain_id: int | None = None) -> DevLoss:
         """See :meth:`btm.train.engine.Engine.dev_loss`."""
@@ -165,13 +167,13 @@ class MegatronEngine:
         """
         with self._guarded():
             files = {
-                file: {tensor_name(kind, name): value for kind in kinds for name, value in self._whole.gathered(kind)}
+                file: {tensor_name(kind, name): value for kind in kinds for name, value in self._state.gathered(kind)}
                 for file, kinds in FILES.items()
             }
         if self.ranks.is_main and self._experts is not None:
             model, optimizer = files.values()
             model |= self._experts.kept_buffers()
-            optimizer |= {f"step.{name}": self._flat.steps.experts[which] for name, which in self._step_names.items()}
+            optimizer |= {f"step.{name}": self._state.steps.experts[which] for name, which in self._step_names.items()}
         self._to_fill = files
         return files if self.ranks.is_main else {}
 
@@ -180,23 +182,23 @@ class MegatronEngine:
         with self._guarded():
             for file, kinds in FILES.items():
                 for kind in kinds:
-                    for entry in self._whole.entries:
-                        values = [self._from_main(file, kind, name) for name in entry.sources]
-                        self._whole.fill(entry, kind, values)
-            self._flat.refresh_weights()
-            copy_from_main(self.ranks, self._flat.steps.experts)
+                    self._state.fill(kind, functools.partial(self._from_main, file, kind))
+            self._state.refresh_weights()
+            copy_from_main(self.ranks, self._state.steps.experts)
             for buffer in {} if self._experts is None else self._experts.kept_buffers().values():
                 copy_from_main(self.ranks, buffer)
         self._to_fill = {}
-        self._flat.steps.shared = num_optimizer_steps
+        self._state.set_steps(num_optimizer_steps)
 
     def save_model(self, directory: Path, tokenizer_dir: Path) -> None:
         """See :meth:`btm.train.engine.Engine.save_model`."""
-        bring_together(self.model)
         with self._guarded():
-            for name, value in self._whole.gathered(None):
-                self._hf_parameters[name].data = value.to(self._dtype)
+            whole = {name: value.to(self._dtype) for name, value in self._state.gathered(None)}
         if self.ranks.is_main:
+            bring_together(self.model)
+            self._shares.bring_together(self.model, whole)
+            for name, parameter in self.model.named_parameters():
+                parameter.data = whole[name]
             save_model(self.model, directory, self._dtype, tokenizer_dir)
 
     def matmul_peak(self) -> float:

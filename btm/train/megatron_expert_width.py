@@ -4,7 +4,7 @@ Every process has the rows of all experts and a part of the hidden units of each
 the output is added up. Rows, counts and outputs are the same bits on all processes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from btm.model.expert_block import expert_modules
 from btm.train.flat import Owners
 from btm.train.megatron_mapping import AXES, Cut, Entry
 from btm.train.megatron_start import Mesh, imported
+from moe_kernels.expert_parallel import ExpertParallelExperts
 from moe_kernels.experts import ExpertList, ResidualFfnStack, check_rows
 from moe_kernels.layers import MixtureOfDepths
 
@@ -79,9 +80,11 @@ class SharedWidthStacks(SharedWidth):
         check_rows(rows, counts, self.num_experts)
         experts: Any = self.local.experts
         used = [(expert, count) for expert, count in zip(experts, counts.tolist(), strict=True) if count]
+        if not used:
+            return rows  # a share of the experts that got nothing; the gradient has to go back all the same
         change = torch.zeros_like(rows)
         sizes = [count for _, count in used]
-        for number in range(len(used[0][0].norms) if used else 0):
+        for number in range(len(used[0][0].norms)):
             parts = (rows + change).split(sizes)
             normed = torch.cat([expert.norms[number](part) for (expert, _), part in zip(used, parts, strict=True)])
             parts = self._copied(normed).split(sizes)
@@ -98,27 +101,27 @@ def share_out_width(model: nn.Module, mesh: Mesh) -> None:
     """Put :class:`SharedWidth` in the place of all experts of ``model``, whose weights lose their values.
 
     Args:
-        model: With expert layers; widths divide.
+        model: With expert layers; widths divide. Processes may have a share of the experts only.
         mesh: Where this process stands.
     """
-    for module in expert_modules(model):
-        experts = module.experts
-        for name, parameter in experts.named_parameters():
-            cut = expert_cut(name)
+    for holder, name in _places(model):
+        experts = getattr(holder, name)
+        for parameter_name, parameter in experts.named_parameters():
+            cut = expert_cut(parameter_name)
             if cut is not Cut.copied:
                 shape = list(parameter.shape)
                 shape[AXES[cut]] //= mesh.tensor_size
                 parameter.data = parameter.data.new_empty(shape)
         is_residual = isinstance(experts, ExpertList) and isinstance(experts.experts[0], ResidualFfnStack)
-        kind = SharedWidthStacks if is_residual else SharedWidth
-        _owner(module.layer).experts = kind(experts, mesh.tensor_group)
+        setattr(holder, name, (SharedWidthStacks if is_residual else SharedWidth)(experts, mesh.tensor_group))
 
 
 def bring_together(model: nn.Module) -> None:
     """Put the experts in the place of :class:`SharedWidth` again; their weights still have no whole values."""
-    for module in expert_modules(model):
-        if isinstance(module.experts, SharedWidth):
-            _owner(module.layer).experts = module.experts.local
+    for holder, name in _places(model):
+        experts = getattr(holder, name)
+        if isinstance(experts, SharedWidth):
+            setattr(holder, name, experts.local)
 
 
 def expert_cut(name: str) -> Cut:
@@ -156,6 +159,9 @@ def expert_entries(
     return tuple(Entry(name, (source,), cut, is_repeated=cut is Cut.copied) for name, source, cut in entries)
 
 
-def _owner(layer: Any) -> Any:
-    """The layer that has the experts."""
-    return layer.layer if isinstance(layer, MixtureOfDepths) else layer
+def _places(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Module and attribute that hold the experts of each layer, or this process's share of them."""
+    for module in expert_modules(model):
+        layer: Any = module.layer
+        layer = layer.layer if isinstance(layer, MixtureOfDepths) else layer
+        yield (layer.experts, "local") if isinstance(layer.experts, ExpertParallelExperts) else (layer, "experts")

@@ -6,7 +6,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,22 +18,36 @@ from btm.train.ranks import Ranks
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Where this process stands: tensor-parallel processes are neighbours, data-parallel ones are apart."""
+    """Where this process stands: tensor-parallel processes are neighbours, data-parallel ones are apart.
+
+    Of the data-parallel ones neighbours share out experts, and those apart have the same ones.
+    """
 
     tensor_rank: int
     tensor_size: int
     data_rank: int
     data_size: int
+    expert_rank: int
+    expert_size: int
     tensor_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    expert_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
+
+    @property
+    def of_replicas(self) -> "Mesh":
+        """The same with the processes that have the same experts in the place of the data-parallel ones."""
+        group = self.replica_group
+        return replace(self, data_rank=group.rank(), data_size=group.size(), data_group=group)
 
 
-def join_mesh(ranks: Ranks, tensor_parallel: int) -> Mesh:
+def join_mesh(ranks: Ranks, tensor_parallel: int, expert_parallel: int = 1) -> Mesh:
     """Form Megatron's process groups. Collective: every rank calls it.
 
     Args:
         ranks: The processes that run one model; a single one gets a group of its own, which Megatron needs.
         tensor_parallel: Processes that share out each layer; divides their number.
+        expert_parallel: Groups of such processes that share out the experts; divides the number of groups.
 
     Raises:
         TrainingError: If Megatron-Core is not installed.
@@ -50,7 +64,12 @@ def join_mesh(ranks: Ranks, tensor_parallel: int) -> Mesh:
         atexit.register(_leave_group)
     if state.model_parallel_is_initialized():
         state.destroy_model_parallel()
-    state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel, create_gloo_process_groups=False)
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=tensor_parallel,
+        create_gloo_process_groups=False,
+    )
     # There is no dropout; sequence parallelism would ask CUDA for the state of its random numbers.
     imported("megatron.core.tensor_parallel.random").initialize_rng_tracker(
         inference_rng_tracker=True, force_reset=True
@@ -60,8 +79,12 @@ def join_mesh(ranks: Ranks, tensor_parallel: int) -> Mesh:
         tensor_size=tensor_parallel,
         data_rank=state.get_data_parallel_rank(),
         data_size=ranks.size // tensor_parallel,
+        expert_rank=state.get_expert_model_parallel_rank(),
+        expert_size=expert_parallel,
         tensor_group=state.get_tensor_model_parallel_group(),
         data_group=state.get_data_parallel_group(),
+        expert_group=state.get_expert_model_parallel_group(),
+        replica_group=state.get_expert_data_parallel_group(),
     )
 
 

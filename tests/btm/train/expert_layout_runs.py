@@ -42,7 +42,7 @@ KINDS = {
 MORE = {
     "inserted": FfnConfig(layer="base", layers="spread_1", num_experts=4, num_sublayers=2, placement="inserted"),
     "depths": FfnConfig(
-        layer="modality", group_sizes=[2, 1], modality_starts=[30], depth_fraction=0.6, is_noisy=True, layers=[0]
+        layer="modality", group_sizes=[3, 1], modality_starts=[30], depth_fraction=0.6, is_noisy=True, layers=[0]
     ),
 }
 """BASE behind a dense block; random numbers in a router, and a dense block beside it."""

@@ -237,7 +237,7 @@ def test_a_number_of_processes_that_does_not_divide_is_refused():
         (
             {"name": "megatron", "num_processes": 2, "expert_parallel": 2},
             False,
-            "engine.expert_parallel needs engine=torch or engine=deepspeed, got engine=megatron",
+            "engine.expert_parallel=2 needs expert layers",
         ),
     ],
 )

@@ -81,10 +81,19 @@ def test_expert_layers_are_taken_and_a_width_that_does_not_divide_is_refused():
             engine(given, ranks=Ranks(0, 2), tensor_parallel=2)
 
 
-def test_sharing_out_whole_experts_is_refused_with_what_does_it_here():
-    given = MEGATRON | {"num_processes": 2, "expert_parallel": 2}
-    with pytest.raises(ConfigError, match=r"engine\.tensor_parallel shares out the width of each expert"):
-        parse_config({"engine": given, "ffn": {"layer": "top_k"}, "launch": {"cpus_per_elm": 2}})
+@pytest.mark.parametrize(
+    ("processes", "ffn", "words"),
+    [
+        (4, {"layer": "top_k", "num_experts": 5}, "engine=megatron shares out experts equally"),
+        (2, {"layer": "top_k"}, "engine.expert_parallel=2 times engine.tensor_parallel=2 must divide the 2 processes"),
+        (4, {}, "engine.expert_parallel=2 needs expert layers"),
+    ],
+)
+def test_experts_that_cannot_be_shared_out_are_refused_with_the_remedy(processes, ffn, words):
+    given = MEGATRON | {"num_processes": processes, "tensor_parallel": 2, "expert_parallel": 2}
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"engine": given, "ffn": ffn, "launch": {"cpus_per_elm": 4}})
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -24,17 +24,23 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return known_references(tmp_path_factory, TorchEngine)
 
 
-def layout(tensor: int, sequence: bool = False, **engine: Any) -> dict[str, Any]:
-    return {"name": "megatron", "tensor_parallel": tensor, "sequence_parallel": sequence} | engine
+def layout(tensor: int, sequence: bool = False, experts: int = 1, **engine: Any) -> dict[str, Any]:
+    keys = {"tensor_parallel": tensor, "sequence_parallel": sequence, "expert_parallel": experts}
+    return {"name": "megatron"} | keys | engine
 
 
-LAYOUTS = [(1, 1, False), (2, 1, False), (2, 2, False), (2, 2, True), (4, 2, False), (4, 2, True)]
-"""Processes, those that share out a layer, and whether they share out the sequence."""
+LAYOUTS = [
+    *((world, tensor, False, 1) for world, tensor in ((1, 1), (2, 1), (2, 2), (4, 2))),
+    *((world, 2, True, 1) for world in (2, 4)),
+    *((world, tensor, False, 2) for world, tensor in ((2, 1), (4, 1), (4, 2))),
+    (4, 2, True, 2),
+]
+"""Processes, those that share out a layer, whether they share out the sequence, and those that share out experts."""
 QUICK = [
-    ("top_k", 2, 2, False, 2),
-    ("base", 2, 2, True, 1),
-    ("demix", 2, 1, False, 1),
-    ("modality", 2, 2, False, 1),
+    ("top_k", 2, 2, False, 1, 2),
+    ("base", 2, 2, True, 1, 1),
+    ("demix", 2, 1, False, 2, 1),
+    ("modality", 2, 2, False, 1, 1),
 ]
 EVERY = [
     (kind, *layout, accumulation)
@@ -46,14 +52,16 @@ EVERY = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "world", "tensor", "sequence", "accumulation"),
+    ("kind", "world", "tensor", "sequence", "experts", "accumulation"),
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY],
 )
-def test_every_layout_gives_what_one_process_gives(tmp_path, reference, kind, world, tensor, sequence, accumulation):
+def test_every_layout_gives_what_one_process_gives(
+    tmp_path, reference, kind, world, tensor, sequence, experts, accumulation
+):
     groups = world // tensor
     right = reference(kind=kind, micro=passes(kind, groups, accumulation))
     micro = SEQUENCES // groups // accumulation
-    same(run(tmp_path / "run", world, kind=kind, micro=micro, **layout(tensor, sequence)), right, FP32)
+    same(run(tmp_path / "run", world, kind=kind, micro=micro, **layout(tensor, sequence, experts)), right, FP32)
 
 
 @pytest.mark.slow
@@ -73,6 +81,8 @@ CASES = [
     # Rounding decides who takes a token on the border of two experts; later updates drift apart.
     ("top_k", 2, layout(2, True, dtype="bf16"), {"updates": 3}, BF16),
     ("base", 4, layout(2, dtype="bf16"), {"updates": 3}, BF16),
+    ("demix", 4, layout(2, False, 2, dtype="bf16"), {}, BF16),
+    ("base", 4, layout(2, True, 2, again=True), {}, FP32),
     ("global", 4, layout(2, True, again=True), {}, FP32),
     ("inserted", 2, layout(2, True, again=True), {}, FP32),
     ("depths", 2, layout(2, again=True), {}, FP32),
@@ -92,6 +102,8 @@ def test_bf16_and_blocks_run_again(tmp_path, reference, kind, world, changes, le
     [
         ("hash", 2, layout(2)),
         pytest.param("demix", 4, layout(2, True), marks=pytest.mark.slow),
+        pytest.param("demix", 4, layout(2, False, 2), marks=pytest.mark.slow),
+        pytest.param("hash", 4, layout(1, False, 2), marks=pytest.mark.slow),
         pytest.param("hash", 2, layout(1, dtype="bf16"), marks=pytest.mark.slow),
     ],
 )
