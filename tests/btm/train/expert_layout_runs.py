@@ -73,6 +73,7 @@ def run(
     make_engine: Callable[..., Engine],
     kind: str,
     micro: int | None = None,
+    sizes: tuple[int, ...] | None = None,
     again: bool = False,
     updates: int = UPDATES,
     arch: str = "llama",
@@ -86,6 +87,7 @@ def run(
         make_engine: Class of the engine.
         kind: Of expert layers.
         micro: Sequences of a pass.
+        sizes: The same of each pass.
         again: Run blocks a second time in the backward pass.
         updates: How many.
         arch: Of the model.
@@ -95,7 +97,7 @@ def run(
 
     def make(ranks: Ranks) -> Engine:
         train = recipe(CLIP[kind], micro).model_copy(update={"activation_checkpointing": again})
-        return make_engine(sparse_model(kind, arch), train=train, config=config, ranks=ranks)
+        return make_engine(sparse_model(kind, arch), train=train, config=config, ranks=ranks, passes=sizes)
 
     found = run_layout(directory, world, make, batch_of=batch, updates=updates)
     return found | {"has_idle": kind in ("demix", "hash")}

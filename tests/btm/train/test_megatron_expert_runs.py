@@ -32,9 +32,9 @@ def test_a_run_goes_on_with_other_layouts_and_engines(make_spec, kind):
     reference, spec = make_spec("reference", **changes), make_spec(**changes)
     assert run(reference) == 0, log(reference)
     attempts = [
-        (by_megatron(spec, 2, 4), 2),
+        (by_megatron(spec, 2, 2), 2),
         (by_torch(spec, 2, expert_parallel=2), 4),
-        (by_megatron(spec, 2, 2, sequence_parallel=True), 6),
+        (by_megatron(spec, 2, 4, sequence_parallel=True, expert_parallel=2), 6),
     ]
     for number, (attempt, update) in enumerate(attempts):
         world = attempt.engine.num_processes
@@ -55,6 +55,8 @@ def test_a_run_goes_on_with_other_layouts_and_engines(make_spec, kind):
                 ("top_k", 2, 4, {"sequence_parallel": True}),
                 ("demix", 1, 2, {"dtype": "bf16"}),
                 ("base", 2, 4, {}),
+                ("top_k", 2, 4, {"expert_parallel": 2}),
+                ("demix", 1, 4, {"expert_parallel": 2, "dtype": "bf16"}),
             ]
         ),
     ],

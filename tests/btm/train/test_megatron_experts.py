@@ -65,6 +65,14 @@ def test_every_layout_gives_what_one_process_gives(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["top_k", "base", "demix"])
+def test_groups_that_run_unequally_many_passes_wait_for_each_other(tmp_path, reference, kind):
+    """Five passes on two groups, and a group without dev documents in the last one."""
+    changes = {"kind": kind, "sizes": (2, 2, 2, 1, 1), "micro": 1}
+    same(run(tmp_path / "run", 4, **changes, **layout(2, False, 2)), reference(**changes), FP32)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize(
     ("arch", "kind"),
