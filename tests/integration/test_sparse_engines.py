@@ -8,7 +8,8 @@ from btm.records import TRAINING_ROUTING, Evaluation, TrainResult
 from tests.conftest import SMOKE, run_btm, two_domains
 
 pytestmark = pytest.mark.slow
-MEGATRON = ("engine=megatron", "engine.num_processes=2", "engine.tensor_parallel=2", "launch.cpus_per_elm=2")
+TWO = ("engine=megatron", "engine.num_processes=2", "launch.cpus_per_elm=2")
+MEGATRON = (*TWO, "engine.tensor_parallel=2")
 TOLERANCE = 0.01
 """Of perplexities after some updates in bf16; the trainer's own tests have the layouts in fp32 within rounding."""
 
@@ -45,7 +46,16 @@ def test_auxiliary_routers_learn_after_a_model_that_megatron_trained(corpora, tm
 
 def test_a_domain_joins_a_demix_model_that_megatron_trained(corpora, tmp_path):
     forest = tmp_path / "forest"
-    run_btm("run", *SMOKE, *two_domains(corpora), "ffn=demix", *MEGATRON, f"forest={forest}", cwd=tmp_path)
+    run_btm(
+        "run",
+        *SMOKE,
+        *two_domains(corpora),
+        "ffn=demix",
+        *TWO,
+        "engine.expert_parallel=2",
+        f"forest={forest}",
+        cwd=tmp_path,
+    )
     before = Evaluation.load(forest / "evaluation.json").models["sparse"].domains
     run_btm("add", f"forest={forest}", "domain=mail", f"data.path={corpora / 'mail.jsonl'}", cwd=tmp_path)
     after = Evaluation.load(forest / "evaluation.json").models["sparse"].domains
