@@ -115,7 +115,8 @@ def time_engine(engine: Engine, clock: PhaseClock) -> None:
         clock.time(inside._adam, "step", ADAMW)
     elif hasattr(inside, "losses"):
         clock.time(inside.losses, "forward", FORWARD)
-        clock.time(inside._flat._optimizer, "step", ADAMW)
+        for part in inside._state.parts:
+            clock.time(part.flat._adam, "step", ADAMW)
     else:
         clock.time(inside._optimizer, "step", ADAMW)
         for path, phase in _DEEPSPEED.items():
