@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from btm.config_model import ModelConfig
 from btm.model.causal_lm import build_model
+from btm.train.flat import SHARED
+from btm.train.megatron_layout import FlatLayout
 from btm.train.megatron_mapping import Cut, Entry, entries_of, join, missing_names, split
 from btm.train.megatron_shape import GptShape, shape_of
 
@@ -91,3 +93,36 @@ def test_names_that_only_one_side_knows_are_found():
     assert missing_names(entries, names) == []
     names["model.layers.0.self_attn.sinks"] = names.pop("model.norm.weight")
     assert missing_names(entries, names) == ["model.layers.0.self_attn.sinks", "model.norm.weight"]
+
+
+def test_every_process_has_a_part_of_the_hidden_units_of_each_expert():
+    stack = torch.arange(12.0).view(2, 1, 6)
+    entry = Entry("w1", ("w",), Cut.units)
+    shards = split(entry, [stack], sizes(), 3)
+    assert [shard.flatten().tolist() for shard in shards] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    assert torch.equal(join(entry, shards, sizes())["w"], stack)
+
+
+def test_what_all_processes_have_is_one_stretch_and_every_place_has_one_owner():
+    shapes = {"a": (3, 70), "b": (5,), "c": (4, 4), "d": (2, 64, 3), "e": (7,), "f": (9,)}
+    entries = [Entry(name, (name,), Cut.copied if name in "bcf" else Cut.rows) for name in shapes]
+    owners = {"d": (0, 1), "e": (1,), "f": (0,)}
+    layout = FlatLayout.of(
+        {name: torch.Size(shape) for name, shape in shapes.items()}, entries, owners, num_stretches=3
+    )
+    copied = sorted(layout.slots[name].begin for name in "bcf")
+    others = [layout.slots[name].begin for name in "ade"]
+    assert layout.copied.start == copied[0] <= copied[-1] < layout.copied.stop
+    assert not any(layout.copied.start <= begin < layout.copied.stop for begin in others)
+    assert layout.size % 3 == 0
+    assert [span.begin for span in layout.spans] == [0, *(span.end for span in layout.spans[:-1])]
+    assert layout.spans[-1].end == layout.size
+    for name, slot in layout.slots.items():
+        rows = owners.get(name, (SHARED,))
+        for number, owner in enumerate(rows):
+            place = slot.begin + number * (slot.end - slot.begin) // len(rows)
+            (span,) = (span for span in layout.spans if span.begin <= place < span.end)
+            assert (span.owner, span.is_decayed) == (owner, len(shapes[name]) > 1), name
+    third = layout.size // 3
+    parts = [layout.spans_of(slice(number * third, (number + 1) * third)) for number in range(3)]
+    assert [sum(span.end - span.begin for span in part) for part in parts] == [third] * 3
