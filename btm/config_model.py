@@ -66,7 +66,7 @@ class EngineConfig(Model):
     num_processes: int = Field(default=1, ge=1)
     """Processes that train one model."""
     expert_parallel: int = Field(default=1, ge=1)
-    """Of these, how many share out the experts of each layer, tokens travelling between them; it divides num_processes, and the rest is data parallel."""
+    """Of these, how many share out the experts of each layer, tokens travelling between them; it (times tensor_parallel) divides num_processes, and the rest is data parallel."""
     deterministic: bool = True
     """Only algorithms that give the same bits every time."""
     zero_stage: int | None = Field(default=None, ge=0, le=3)

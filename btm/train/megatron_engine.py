@@ -42,8 +42,8 @@ class MegatronEngine:
     """fp32 master weights and AdamW around Megatron-Core's ``GPTModel`` in bf16 or fp32.
 
     All tensor-parallel processes of a group see the same sequences; groups share out the passes of a batch. The model
-    may have expert layers: tensor-parallel processes share out the width of each expert, and experts that no token of
-    an update reached stay as they are, moments and step counts included.
+    may have expert layers: tensor-parallel processes share out the width of each expert, ``engine.expert_parallel``
+    groups the experts, and those that no token of an update reached stay as they are, moments and step counts included.
     """
 
     def __init__(
