@@ -39,7 +39,7 @@ test-slow: $(VENV)/installed-dev ## tests of more than ten seconds that need not
 test-gpu: $(VENV)/installed-dev ## tests that need CUDA
 	$(BIN)/python -m pytest -m gpu tests
 
-test-slurm: $(VENV)/installed-dev $(VENV)/installed-sweep ## a real Slurm on this machine (root, Debian): all that slurm/README.md promises; about 40 minutes
+test-slurm: $(VENV)/installed-dev $(VENV)/installed-sweep ## a real Slurm on this machine (root, Debian): all that slurm/README.md promises; about 25 minutes
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2 util-linux shellcheck
 	$(BIN)/python -m pytest -m "slow or not slow" tests/slurm
 

@@ -142,6 +142,12 @@ class Cluster:
 
         return until(look, timeout_s=timeout_s, what=lambda: f"job {job} is {self.state(job)}, not {states}")
 
+    def limit(self, job: int | str, *, minutes_more: int) -> None:
+        """Move the limit of a running job to so many minutes from now, rounded up to whole ones of its own time."""
+        hours, minutes, _ = map(int, self.field(job, "RunTime").split(":"))
+        limit = 60 * hours + minutes + 1 + minutes_more
+        self.command("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+
     def node_state(self, node: str) -> str:
         """State of a node, such as IDLE or DOWN*."""
         fields = self.command("scontrol", "--oneliner", "show", "node", node, check=False).split()
